@@ -1,0 +1,341 @@
+"""The functions of `fastops` in NumPy: the oracle of the tests, and what runs where no compiler was at hand.
+
+Their docstrings are the documentation of both back ends. Results are bit-equal to the compiled ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._checks import (
+    SIZE,
+    UINT8,
+    check_batch,
+    check_discounted_sum,
+    check_frames,
+    check_gae,
+    check_normalize,
+    check_shape,
+    check_statistics,
+)
+
+__all__ = ["RunningMeanStd", "discounted_sum", "gae", "max_pool_resize"]
+
+
+# --- Frames ---
+
+
+def area_weights(length: int, unit: bool) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """How each of the 84 output pixels along one axis is made of `length` source pixels.
+
+    Returns `start` (84,) and `weights` (taps, 84): output pixel i is the sum over k of
+    `weights[k, i] * source[start[i] + k]`. A weight is the share of the output pixel's interval that the source pixel
+    covers (1 if `unit`), with OpenCV's roundings: a cover below 1e-3 is dropped. The number of taps is a multiple of
+    four, which the compiled kernel loads at once; taps to spare come last and weigh 0.
+    """
+    scale = 1.0 / (SIZE / length)
+    begin = np.arange(SIZE) * scale
+    end = begin + scale
+    width = np.minimum(scale, length - begin)
+    last = np.minimum(np.floor(end), length - 1).astype(np.int32)  # pixels covered in full: first <= i < last
+    first = np.minimum(np.ceil(begin).astype(np.int32), last)
+    head, tail = first - begin, end - last
+    start = np.where(head > 1e-3, first - 1, first)
+    stop = np.where(tail > 1e-3, last + 1, last)
+
+    source = start + np.arange(-(-(stop - start).max() // 4) * 4)[:, None]
+    weights = np.where(source < first, head / width, 1.0 / width)
+    weights = np.where(source == last, np.minimum(np.minimum(tail, 1.0), width) / width, weights)
+    weights = np.where(unit, 1.0, weights) * (source < stop)
+    return start.astype(np.int32), weights.astype(np.float32)
+
+
+def area_plan(height: int, width: int) -> tuple[Any, ...]:
+    """(start, weights) of the rows and of the columns, and the `factor` and `bias` that end the resize.
+
+    Where both scales are integers OpenCV adds the source pixels as integers and multiplies the sum by 1 / area. It
+    rounds halves to even, but up for 2x2. (The scales are reciprocals of reciprocals: not all multiples of 84 pass.)
+    """
+    scales = [1.0 / (SIZE / length) for length in (height, width)]
+    unit = all(abs(scale - round(scale)) < np.finfo(np.float64).eps for scale in scales)
+    area = round(scales[0]) * round(scales[1])
+    factor = np.float32(1) / np.float32(area) if unit else np.float32(1)
+    bias = np.float32(0.125 if unit and scales == [2.0, 2.0] else 0)  # lifts k + 1/2 alone across the threshold
+    return *area_weights(height, unit), *area_weights(width, unit), factor, bias
+
+
+_cached_plan = functools.lru_cache(maxsize=64)(area_plan)
+
+
+def _area_sum(source: NDArray[Any], start: NDArray[np.int32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    total = np.zeros((len(source), SIZE), np.float32)
+    for k, weight in enumerate(weights):
+        total += source[:, np.minimum(start + k, source.shape[1] - 1)] * weight
+    return total
+
+
+def max_pool_resize(
+    frame_a: NDArray[np.uint8],
+    frame_b: NDArray[np.uint8],
+    out: NDArray[np.uint8],
+    palette: NDArray[np.uint8] | None = None,
+) -> None:
+    """Write the pixelwise maximum of two frames, area-resized to 84x84, into `out`.
+
+    Every output pixel is the mean of the source rectangle it covers, rounded to the nearest integer:
+
+        out[i, j] = round(sum_y wy[i, y] * (sum_x wx[j, x] * max(frame_a[y, x], frame_b[y, x])))
+
+    in float32, in OpenCV's order of additions, bit-equal to
+    `cv2.resize(np.maximum(frame_a, frame_b), (84, 84), interpolation=cv2.INTER_AREA)`.
+
+    Args:
+        frame_a, frame_b: uint8 (H, W), C-contiguous, 84 <= H, W <= 4096 (below 84 OpenCV would interpolate). They may
+            be the same array.
+        out: uint8 (84, 84), C-contiguous, written in place. It may overlap none of the others.
+        palette: uint8 (256,) or None. If given, the frames hold palette indices (ALE's `getScreen`) and the result is
+            that of `palette[frame_a]` and `palette[frame_b]`.
+
+    Raises:
+        TypeError: an argument is not an array or has another dtype.
+        ValueError: wrong shape, not contiguous, `out` read-only or overlapping.
+
+    Source: the preprocessing of Mnih et al. 2015 (Methods), which Burda et al. 2018 (Table 2) keep.
+    """
+    check_frames(frame_a, frame_b, out, palette)
+    y_start, y_weights, x_start, x_weights, factor, bias = _cached_plan(*frame_a.shape)
+    if palette is not None:
+        frame_a, frame_b = palette[frame_a], palette[frame_b]
+    rows = _area_sum(np.maximum(frame_a, frame_b), x_start, x_weights)
+    out[:] = np.rint(_area_sum(rows.T, y_start, y_weights).T * factor + bias)
+
+
+# --- Returns ---
+
+
+def gae(
+    rewards: NDArray[np.float32],
+    values: NDArray[np.float32],
+    dones: NDArray[np.float32] | NDArray[np.bool_] | None,
+    last_value: NDArray[np.float32],
+    gamma: float,
+    lam: float,
+) -> NDArray[np.float32]:
+    """Generalised advantage estimation, along time and per environment.
+
+        delta[t] = rewards[t] + gamma * values[t + 1] * (1 - dones[t]) - values[t],    values[T] = last_value
+        A[t]     = delta[t] + gamma * lam * (1 - dones[t]) * A[t + 1],                 A[T] = 0
+
+    computed in float64, rounded to float32 at the end. NaN and infinity propagate.
+
+    Args:
+        rewards, values: float32 (T, N): T steps of N environments.
+        dones: float32 or bool (T, N), 1 where the episode ended at step t (`values[t + 1]` belongs to the next one), or
+            None: one endless episode, as for the intrinsic reward (Burda et al. 2018, section 2.3).
+        last_value: float32 (N,), the value of the observation after the last step.
+        gamma, lam: numbers in [0, 1].
+
+    Returns:
+        The advantages, a new float32 (T, N). The value targets are `advantages + values`.
+
+    Raises:
+        TypeError: an argument is not an array, has another dtype, or is not a number.
+        ValueError: wrong shape, not contiguous, or out of range.
+
+    Source: Schulman et al. 2016, eq. 16.
+    """
+    gamma, lam = check_gae(rewards, values, dones, last_value, gamma, lam)
+    advantages = np.empty_like(rewards)
+    next_value, advantage = last_value.astype(np.float64), np.zeros(last_value.shape)
+    with np.errstate(all="ignore"):
+        for t in reversed(range(len(rewards))):
+            alive = 1.0 if dones is None else 1.0 - dones[t].astype(np.float64)
+            delta = rewards[t] + gamma * next_value * alive - values[t]
+            advantage = delta + gamma * lam * alive * advantage
+            next_value = values[t].astype(np.float64)
+            advantages[t] = advantage
+    return advantages
+
+
+def discounted_sum(
+    rewards: NDArray[np.float32], carry: NDArray[np.float64], gamma: float, reverse: bool
+) -> NDArray[np.float64]:
+    """The discounted running sum of the rewards, along time and per environment.
+
+        forward:  f[t] = gamma * f[t - 1] + rewards[t],  t = 0 ... T - 1,  f[-1] = carry
+        reverse:  f[t] = gamma * f[t + 1] + rewards[t],  t = T - 1 ... 0,  f[T] = carry
+
+    The intrinsic reward is divided by the standard deviation of these sums. NaN and infinity propagate.
+
+    Args:
+        rewards: float32 (T, N): T steps of N environments.
+        carry: float64 (N,), C-contiguous, updated in place to the last sum along the direction (unchanged if T is 0).
+        gamma: a number in [0, 1].
+        reverse: False to run forward in time, True to run backward.
+
+    Returns:
+        All sums, a new float64 (T, N).
+
+    Raises:
+        TypeError: an argument is not an array, has another dtype, or is not a number or a bool.
+        ValueError: wrong shape, not contiguous, out of range, `carry` read-only or overlapping `rewards`.
+
+    Source: Burda et al. 2018, section 2.4 (the normalisation of the intrinsic reward).
+    """
+    gamma = check_discounted_sum(rewards, carry, gamma, reverse)
+    sums = np.empty(rewards.shape)
+    with np.errstate(all="ignore"):
+        for t in reversed(range(len(rewards))) if reverse else range(len(rewards)):
+            carry[:] = gamma * carry + rewards[t]
+            sums[t] = carry
+    return sums
+
+
+# --- Statistics ---
+
+
+class RunningMeanStd:
+    """Mean and variance of everything seen so far, per element of `shape`, in float64.
+
+    Starts at mean 0, variance 1 with the weight of `count` samples. A batch with mean m, population variance v and n
+    samples is merged as (Chan et al. 1979)
+
+        delta = m - mean,    total = count + n
+        mean <- mean + delta * n / total
+        var  <- (var * count + v * n + delta**2 * count * n / total) / total
+
+    so that the result does not depend on how the samples were cut into batches, up to rounding. float32 would not do:
+    the variance of a pixel that never changes falls to 1e-10.
+
+    Attributes:
+        mean, var: float64 arrays of `shape`.
+        count: float, the samples seen, the initial ones included.
+
+    Source: Burda et al. 2018, section 2.4 (observations and intrinsic returns).
+
+    Example:
+        >>> rms = RunningMeanStd((84, 84))
+        >>> rms.update(frames)  # uint8 (T, N, 84, 84)
+        >>> normalised = rms.normalize(frames, clip=5)  # float32 (T, N, 84, 84)
+    """
+
+    def __init__(self, shape: tuple[int, ...] = (), count: float = 1e-4) -> None:
+        """`shape` of one sample, all sides positive; `count`, positive and finite, weighs the initial mean 0 and
+        variance 1."""
+        shape = check_shape(shape)
+        self.mean: NDArray[np.float64]
+        self.var: NDArray[np.float64]
+        self.count: float
+        self.mean, self.var, self.count = check_statistics(np.zeros(shape), np.ones(shape), count, shape)
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """The standard deviation, sqrt(var)."""
+        return np.sqrt(self.var)
+
+    def update(self, batch: NDArray[Any]) -> None:
+        """Merge a batch of samples: its trailing axes are `shape`, all axes before them count samples.
+
+        uint8 is counted exactly, by integer sums and without a float copy. NaN and infinity in a float batch propagate
+        into mean and var: the training loop looks there.
+
+        Args:
+            batch: uint8, float32 or float64 (..., *shape), C-contiguous, at least one sample.
+
+        Raises:
+            TypeError: not an array, or another dtype.
+            ValueError: wrong shape, not contiguous, or empty.
+        """
+        samples = check_batch("batch", batch, self.mean.shape)
+        count = len(samples)
+        if count == 0:
+            raise ValueError(f"batch: expected at least one sample, got shape {batch.shape}")
+        if samples.dtype == UINT8:
+            # About the integer next to the mean every sum is exact, and the variance cannot cancel away.
+            total, squares = (sums.astype(np.int64) for sums in self._sums(samples))
+            centre = (total + count // 2) // count
+            rest = total - centre * count
+            mean = centre + rest / count
+            var = (squares - centre * (2 * total - centre * count) - rest / count * rest) / count
+        else:
+            with np.errstate(all="ignore"):
+                mean = samples.mean(0, dtype=np.float64)
+                var = np.square(samples - mean).mean(0)
+        self._merge(mean.reshape(self.mean.shape), var.reshape(self.var.shape), count)
+
+    def merge(self, mean: Any, var: Any, count: float) -> None:
+        """Merge the statistics of other samples, for instance another process's.
+
+        Args:
+            mean, var: real arrays of `shape`, finite; var, the population variance, not negative.
+            count: the number of samples, positive and finite.
+
+        Raises:
+            TypeError: not numbers.
+            ValueError: wrong shape or value.
+        """
+        self._merge(*check_statistics(mean, var, count, self.mean.shape))
+
+    def normalize(
+        self, x: NDArray[Any], clip: float = np.inf, out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """`clip((x - mean) / sqrt(var), -clip, clip)`, computed in float64, rounded to float32. No epsilon is added.
+
+        Args:
+            x: uint8, float32 or float64 (..., *shape), C-contiguous.
+            clip: a positive number; infinity (the default) does not clip.
+            out: float32 of x's shape, C-contiguous, not overlapping x; or None for a new array.
+
+        Returns:
+            `out`, or the new array.
+
+        Raises:
+            TypeError: not an array, or another dtype; clip not a number.
+            ValueError: wrong shape, not contiguous, `out` read-only or overlapping, clip not positive.
+        """
+        samples, clip = check_normalize(x, clip, out, self.mean.shape)
+        result = np.empty(x.shape, np.float32) if out is None else out
+        self._normalize(samples, self.mean.ravel(), self.std.ravel(), clip, result.reshape(samples.shape))
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """In plain types, for any file format: {"mean": nested lists, "var": nested lists, "count": float}."""
+        return {"mean": np.asarray(self.mean).tolist(), "var": np.asarray(self.var).tolist(), "count": float(self.count)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the statistics that `state_dict` returned. Anything else raises and leaves the object as it was.
+
+        Raises:
+            TypeError: not a mapping, or not numbers in it.
+            ValueError: missing or unknown keys, wrong shape or value.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
+        if set(state) != {"mean", "var", "count"}:
+            raise ValueError(f"state: expected the keys mean, var, count, got {sorted(map(str, state))}")
+        self.mean, self.var, self.count = check_statistics(**state, shape=self.mean.shape)
+
+    def _merge(self, mean: NDArray[np.float64], var: NDArray[np.float64], count: float) -> None:
+        total = self.count + count
+        with np.errstate(all="ignore"):
+            delta = mean - self.mean
+            self.mean = self.mean + delta * (count / total)
+            self.var = (self.var * self.count + var * count + delta**2 * (self.count * count / total)) / total
+        self.count = total
+
+    # The two loops that the compiled back end replaces. Samples are (S, F): the leading axes flattened, and `shape`.
+
+    @staticmethod
+    def _sums(samples: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Sum and sum of squares over the samples."""
+        return samples.sum(0, dtype=np.uint64), np.einsum("sf,sf->f", samples, samples, dtype=np.uint64)
+
+    @staticmethod
+    def _normalize(samples: Any, mean: Any, std: Any, clip: float, out: NDArray[np.float32]) -> None:
+        with np.errstate(all="ignore"):
+            out[:] = np.clip((samples - mean) / std, -clip, clip)

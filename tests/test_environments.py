@@ -1,0 +1,406 @@
+"""The environments: against Gymnasium's preprocessing, against a plain loop, and when a process dies."""
+
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+from gymnasium.wrappers import AtariPreprocessing
+
+import rnd_ppo_atari as script
+from rnd_ppo_atari import Env, Rollout, VectorEnv, collect
+
+MONTEZUMA, INVADERS, BREAKOUT = "ALE/MontezumaRevenge-v5", "ALE/SpaceInvaders-v5", "ALE/Breakout-v5"
+
+
+def blank():
+    return np.zeros((84, 84), np.uint8)
+
+
+# --- One environment: what the agent sees ---
+
+
+@pytest.mark.parametrize("game", ["MontezumaRevenge", "Breakout", "SpaceInvaders", "Pong", "AirRaid"])
+def test_frames_and_rewards_are_those_of_gymnasiums_preprocessing(game):
+    """Frame skip, max over which two frames, gray, resize, reward sum, ends and resets: an off-by-one in any shows.
+
+    SpaceInvaders flickers, which the maximum hides; the screen of AirRaid has 250 rows, of the others 210. Longer than
+    an episode of Breakout, so that resets are compared too.
+    """
+    env = Env(f"ALE/{game}-v5", index=3, seed=7, sticky_action_prob=0.0)
+    options = dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
+    reference = AtariPreprocessing(gym.make(f"ALE/{game}-v5", **options), noop_max=0)
+    # The same seed for ALE, and the same number of resets as Env has made after that.
+    reference.reset(seed=int(np.random.default_rng([7, 3]).integers(2**31)))
+    frame = blank()
+    env.reset(frame)
+    reference.reset()
+    expected, _ = reference.reset()
+    np.testing.assert_array_equal(frame, expected)
+    assert reference.action_space.n == env.game.num_actions
+
+    actions = np.random.default_rng(0).integers(env.game.num_actions, size=500)
+    ends, scores, seen = 0, 0, set()
+    for action in actions:
+        reward, done, info = env.step(int(action), frame)
+        expected, expected_reward, terminated, _, _ = reference.step(int(action))
+        assert (reward, done, info is not None) == (expected_reward, terminated, terminated)
+        if done:
+            env.reset(frame)
+            expected, _ = reference.reset()
+        np.testing.assert_array_equal(frame, expected)
+        ends, scores = ends + done, scores + (reward != 0)
+        seen.add(frame.tobytes())
+    assert len(seen) > 50
+    assert scores > 0 or game == "MontezumaRevenge"
+    assert ends > 0 or game != "Breakout"
+
+
+def test_a_lost_life_is_not_an_end():
+    """Episodes that end with a life would cut Montezuma's Revenge after the first fall. Breakout has five lives."""
+    env, frame, lives = Env(BREAKOUT, sticky_action_prob=0.0), blank(), [5]
+    for t in range(1000):
+        _, done, info = env.step(t % 2, frame)  # no-op, fire
+        lives.append(env.game.ale.lives())
+        if done:
+            break
+    assert sorted(set(lives)) == [0, 1, 2, 3, 4, 5]
+    assert lives[-2] > 0
+    assert info["length"] == len(lives) - 1
+
+
+def test_a_montezuma_episode_of_noops_ends_at_exactly_4500_steps():
+    """18 000 frames, as in the paper: other ports end at 4499 or 4502. ALE's or Gymnasium's own limit must not act."""
+    env, frame = Env(MONTEZUMA), blank()
+    results = [env.step(0, frame) for _ in range(4500)]
+    assert [done for _, done, _ in results] == [False] * 4499 + [True]
+    assert [info for _, _, info in results[:-1]] == [None] * 4499
+    assert results[-1][2] == dict(env=0, episode_return=0.0, length=4500, places={1: 4500})
+
+
+@pytest.mark.parametrize("game, byte", [("MontezumaRevenge", 3), ("Pitfall", 1)])
+def test_rooms_are_counted_by_the_room_byte_of_the_ram(game, byte):
+    """`places` says for how many steps the player was in which room of this episode, and starts anew at a reset."""
+    env, frame = Env(f"ALE/{game}-v5", max_episode_steps=5), blank()
+    start = int(env.game.ale.getRAM()[byte])
+    env.step(0, frame)
+    env.step(0, frame)
+    env.game.ale.setRAM(byte, 7)
+    *_, (_, done, info) = [env.step(0, frame) for _ in range(3)]
+    assert done
+    assert info["places"] == {start: 2, 7: 3}
+    env.reset(frame)
+    *_, (_, _, again) = [env.step(0, frame) for _ in range(5)]
+    assert again["places"] == {start: 5}
+    assert info["places"] == {start: 2, 7: 3}
+
+
+def test_a_game_without_known_rooms_has_no_places():
+    env = Env(BREAKOUT, max_episode_steps=1)
+    assert env.step(0, blank())[2]["places"] == {}
+
+
+# --- Sticky actions ---
+
+
+def executed_actions(env):
+    """From now on the game stands still, and the action of every frame that would have run is in the list returned."""
+    executed = []
+
+    def note(action):
+        executed.append(action)
+        return 0.0, False
+
+    env.game.act = note
+    return executed
+
+
+def test_actions_stick_in_every_frame_and_not_for_whole_steps():
+    """Statistics of one change of the action, in the four frames of its step. Sticking for whole steps, as in several
+    ports, would give .25, .25 and 1 for the three numbers."""
+    env, frame = Env(MONTEZUMA, max_episode_steps=10**9), blank()
+    executed = executed_actions(env)
+    for t in range(20_000):
+        env.step(1 + t % 17, frame)
+    frames = np.array(executed).reshape(-1, 4)
+    wanted = 1 + np.arange(len(frames)) % 17
+    stale = frames != wanted[:, None]
+    assert (np.diff(stale.astype(int), axis=1) <= 0).all()  # repeated is the action executed, so stale frames lead
+    before = np.concatenate([[0], frames[:-1, 3]])
+    assert (frames == np.where(stale, before[:, None], wanted[:, None])).all()
+    deviations = 4 / math.sqrt(len(frames))
+    assert stale[:, 0].mean() == pytest.approx(0.25, abs=deviations * math.sqrt(0.25 * 0.75))
+    assert stale.all(1).mean() == pytest.approx(0.25**4, abs=deviations * math.sqrt(0.25**4))
+    assert stale.sum(1).mean() == pytest.approx(0.332031, abs=deviations * stale.sum(1).std())
+
+
+def test_without_sticky_actions_every_frame_runs_the_chosen_action():
+    env, frame = Env(MONTEZUMA, sticky_action_prob=0.0), blank()
+    executed = executed_actions(env)
+    for t in range(100):
+        env.step(t % 18, frame)
+    assert executed == [t % 18 for t in range(100) for _ in range(4)]
+
+
+def test_a_reset_makes_the_noop_the_action_that_sticks():
+    """Otherwise the first frames of an episode would repeat what the player did when the last one ended."""
+    env, frame = Env(MONTEZUMA, max_episode_steps=10**9), blank()
+    executed, first = executed_actions(env), []
+    for _ in range(100):
+        env.step(5, frame)
+        env.reset(frame)
+        del executed[:]
+        env.step(9, frame)
+        first.append(executed[0])
+    assert set(first) == {0, 9}
+
+
+def test_no_two_environments_share_their_sticky_coins():
+    """Neither within a run nor between seeds: seed + index as the generator's seed would give (1, 1) = (2, 0)."""
+    patterns = []
+    for seed, index in ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (1, 0)):
+        env, frame = Env(MONTEZUMA, index, seed=seed), blank()
+        executed = executed_actions(env)
+        for t in range(100):
+            env.step(1 + t % 17, frame)
+        patterns.append(tuple(executed))
+    assert len(set(patterns)) == 5
+    assert patterns[-1] == patterns[0]
+
+
+# --- Many environments ---
+
+OPTIONS = dict(seed=5, max_episode_steps=13)
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def plain_loop():
+    """5 environments of Space Invaders in a plain loop: actions and, for each step, what VectorEnv.step should give."""
+    actions = np.random.default_rng(1).integers(6, size=(STEPS, 5))
+    envs = [Env(INVADERS, index, **OPTIONS) for index in range(5)]
+    frames, results = np.zeros((5, 84, 84), np.uint8), []
+    for env, frame in zip(envs, frames, strict=True):
+        env.reset(frame)
+    first = frames.copy()
+    for row in actions:
+        rewards, dones, infos = [], [], []
+        for env, action, frame in zip(envs, row, frames, strict=True):
+            reward, done, info = env.step(int(action), frame)
+            if done:  # same-step reset: the frame is the new episode's first
+                env.reset(frame)
+                infos.append(info)
+            rewards.append(reward)
+            dones.append(done)
+        results.append((frames.copy(), np.array(rewards), np.array(dones), infos))
+    return actions, first, results
+
+
+def assert_equal_steps(one, other):
+    for got, expected in zip(one, other, strict=True):
+        for a, b in zip(got[:3], expected[:3], strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert got[3] == expected[3]
+
+
+@pytest.mark.parametrize("workers, groups", [(1, 1), (2, 2), (3, 2), (2, 3), (3, 3), (5, 3), (9, 9)])
+def test_results_depend_on_neither_workers_nor_groups(plain_loop, workers, groups):
+    """5 environments are divided unevenly by 2 and 3; more workers or groups than environments must do as well."""
+    actions, first, expected = plain_loop
+    envs = VectorEnv(INVADERS, 5, num_workers=workers, num_groups=groups, **OPTIONS)
+    try:
+        assert len(envs.workers) == min(workers, 5)
+        assert [i for group in envs.groups for i in range(5)[group]] == list(range(5))
+        assert envs.num_actions == 6
+        np.testing.assert_array_equal(envs.reset(), first)
+        results = [envs.step(row) for row in actions[: STEPS // 2]]
+        # The other half in the order of the training loop: one group steps while others are waited for.
+        halves = [[None] * len(envs.groups) for _ in range(STEPS // 2, STEPS)]
+        for t, row in enumerate(actions[STEPS // 2 :]):
+            for g, here in enumerate(envs.groups):
+                if t > 0:
+                    halves[t - 1][g] = [x.copy() for x in (received := envs.recv(g))[:3]] + [received[3]]
+                envs.send(g, row[here])
+        for g in range(len(envs.groups)):
+            halves[-1][g] = [x.copy() for x in (received := envs.recv(g))[:3]] + [received[3]]
+        for parts in halves:
+            frames, rewards, dones, infos = zip(*parts, strict=True)
+            results.append((*map(np.concatenate, (frames, rewards, dones)), sum(infos, [])))
+        assert_equal_steps(results, expected)
+    finally:
+        envs.close()
+    assert any((rewards > 1).any() for _, rewards, _, _ in results)  # unclipped
+    assert sum(len(infos) for *_, infos in results) == 5 * (STEPS // 13)
+
+
+def test_the_environments_of_a_second_process_are_others():
+    """first_index is rank * num_envs under torchrun: with the same seeds every process would explore the same."""
+    actions = np.random.default_rng(2).integers(18, size=(20, 4))
+    frames = {}
+    for first, count in ((0, 4), (2, 2)):
+        envs = VectorEnv(MONTEZUMA, count, first_index=first, num_workers=1, seed=3, max_episode_steps=9)
+        try:
+            results = [envs.step(row[first : first + count]) for row in actions]
+        finally:
+            envs.close()
+        frames[first] = np.stack([frame for frame, *_ in results])
+        assert {info["env"] for *_, infos in results for info in infos} == set(range(first, first + count))
+    np.testing.assert_array_equal(frames[2], frames[0][:, 2:])
+    assert (frames[0][:, 0] != frames[0][:, 2]).any()
+
+
+def test_rollouts_hold_signs_and_infos_hold_the_score():
+    """A score made of clipped rewards cannot be compared with anything; unclipped rewards would not train."""
+    envs = VectorEnv(INVADERS, 4, num_workers=1, max_episode_steps=60)
+    raw, recv = np.zeros((180, 4), np.float32), envs.recv
+
+    def noted(group):
+        received = recv(group)
+        t = noted.steps[group]
+        raw[t, envs.groups[group]] = received[1]
+        noted.steps[group] += 1
+        return received
+
+    noted.steps = [0] * len(envs.groups)
+    envs.recv = noted
+
+    class Uniform(torch.nn.Module):
+        def forward(self, obs):
+            return torch.zeros(len(obs), 6), torch.zeros(len(obs)), torch.zeros(len(obs))
+
+    try:
+        rollout = Rollout(180, 4)
+        rollout.start(envs.reset())
+        torch.manual_seed(0)
+        infos = collect(Uniform(), envs, rollout)
+    finally:
+        envs.close()
+    np.testing.assert_array_equal(rollout.rewards, np.sign(raw))
+    assert raw.max() > 1
+    expected = [(60 * k + 59, i, raw[60 * k : 60 * k + 60, i].sum()) for k in range(3) for i in range(4)]
+    assert sorted((info["step"], info["env"], info["episode_return"]) for info in infos) == expected
+    assert [(t, i) for t, i in zip(*np.nonzero(rollout.dones), strict=True)] == [(t, i) for t, i, _ in expected]
+
+
+@pytest.mark.parametrize("env_id", [INVADERS, MONTEZUMA])
+def test_a_saved_state_goes_on_identically_in_other_processes(env_id):
+    """In the middle of episodes, with other workers, other groups and another seed: nothing is left out of the state.
+
+    It is made of what a checkpoint may hold, which is loaded without executing anything.
+    """
+    actions = np.random.default_rng(3).integers(6, size=(45, 5))
+    options = dict(max_episode_steps=17)
+    envs = VectorEnv(env_id, 5, num_workers=1, seed=4, **options)
+    try:
+        for row in actions[:10]:
+            envs.step(row)
+        states = envs.call("get_state")
+        expected = [envs.step(row) for row in actions[10:]]
+    finally:
+        envs.close()
+    file = io.BytesIO()
+    torch.save(states, file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    others = VectorEnv(env_id, 5, num_workers=3, num_groups=1, seed=99, **options)
+    try:
+        for row in actions[:3]:
+            others.step(row)
+        others.call("set_state", states)
+        assert_equal_steps([others.step(row) for row in actions[10:]], expected)
+    finally:
+        others.close()
+    assert sum(len(infos) for *_, infos in expected) == 10
+
+
+# --- Processes that end ---
+
+
+def children():
+    return psutil.Process().children(recursive=True)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_is_reported_within_a_second(victim):
+    """Its pipe closes; without that (an end inherited by another worker) the run would hang for ever."""
+    before = children()
+    envs = VectorEnv(MONTEZUMA, 4, num_workers=2)
+    process = envs.workers[victim][0]
+    owned = sorted(i for share in envs.workers[victim][2] for i in share)
+    try:
+        envs.reset()
+        os.kill(process.pid, signal.SIGSTOP)  # so that the main process waits when the kill comes
+        threading.Timer(0.3, os.kill, (process.pid, signal.SIGKILL)).start()
+        start = time.perf_counter()
+        with pytest.raises(RuntimeError) as caught:
+            envs.step(np.zeros(4, np.int64))
+        assert 0.2 < time.perf_counter() - start < 1.3
+        message = str(caught.value)
+        assert f"worker {victim}" in message
+        assert ", ".join(map(str, owned)) in message
+        assert str(-signal.SIGKILL) in message
+    finally:
+        envs.close()
+    assert children() == before
+
+
+def test_a_worker_that_raises_is_reported_with_its_traceback():
+    envs = VectorEnv(MONTEZUMA, 2, num_workers=2)
+    try:
+        with pytest.raises(RuntimeError, match=r"(?s)worker \d.*IndexError"):
+            envs.step(np.array([0, 18]))  # there are 18 actions
+    finally:
+        envs.close()
+
+
+def test_close_leaves_no_process_even_in_the_middle_of_a_step():
+    before = children()
+    envs = VectorEnv(MONTEZUMA, 4, num_workers=2)
+    assert len(children()) >= len(before) + 2
+    envs.send(0, np.zeros(2, np.int64))
+    envs.close()
+    assert children() == before
+    assert not [child for child in multiprocessing.active_children() if child.is_alive()]
+
+
+def test_workers_end_with_a_main_process_that_is_killed():
+    """Otherwise every crashed run would leave a core busy or a gigabyte occupied until somebody looks."""
+    code = """
+import numpy as np, rnd_ppo_atari as script
+envs = script.VectorEnv("ALE/MontezumaRevenge-v5", 4, num_workers=2)
+print(*(process.pid for process, _, _ in envs.workers), flush=True)
+while True:
+    envs.step(np.zeros(4, np.int64))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as main:
+        workers = [psutil.Process(int(pid)) for pid in main.stdout.readline().split()]
+        assert len(workers) == 2
+        main.kill()
+    gone, alive = psutil.wait_procs(workers, timeout=5)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_the_hot_path_hands_no_frame_through_a_pipe():
+    """Frames go through shared memory; what the pipes carry for a step stays small."""
+    envs = VectorEnv(MONTEZUMA, 4, num_workers=1, max_episode_steps=5)
+    try:
+        results = [envs.step(np.zeros(4, np.int64)) for _ in range(10)]
+        sizes = [len(pickle.dumps(infos)) for *_, infos in results]
+    finally:
+        envs.close()
+    assert max(sizes) < 2000
+    assert all(json.dumps(infos) for *_, infos in results)
