@@ -205,9 +205,7 @@ class Emulator:
     def __init__(self, env_id: str, seed: int, render_mode: str | None = None):
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         # Gymnasium makes the game and finds the ROM; frame skip, sticky actions and the time limit are Env's.
-        options = dict(
-            frameskip=1, repeat_action_probability=0.0, full_action_space=False, max_num_frames_per_episode=0
-        )
+        options = dict(frameskip=1, repeat_action_probability=0.0, max_num_frames_per_episode=0)
         gym.register_envs(ale_py)
         self.env: Any = gym.make(env_id, render_mode=render_mode, **options).unwrapped
         self.env.reset(seed=seed)
@@ -335,6 +333,7 @@ class VectorEnv:
     waits for it, so that one group steps while the policy looks at another; `step` does both for all. Rewards are
     unclipped. At `done` the frame is already the first of the new episode. Environment i is seeded with (seed,
     first_index + i): what it does depends neither on `num_workers` (0: one for each core) nor on `num_groups`.
+    `options` are those of Env: seed, sticky_action_prob, max_episode_steps.
 
     Raises RuntimeError, with the worker, its environments and the cause, if a worker fails or dies.
     """
@@ -741,11 +740,8 @@ def restore(state: dict, rank: int, parts: dict, rollout: Rollout, envs: VectorE
 
 def save_checkpoint(state: dict, run: Path, keep: int = 3, best: bool = False) -> Path | None:
     """Save `state` below `run` all or nothing; the newest `keep` and the best stay. None and a warning if it fails."""
-    path, temporary, buffer = (
-        run / f"checkpoint_{state['progress']['iteration']:06d}.pt",
-        run / "save.tmp",
-        io.BytesIO(),
-    )
+    path, temporary = run / f"checkpoint_{state['progress']['iteration']:06d}.pt", run / "save.tmp"
+    buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())  # torch.load does not mind what follows the archive
     try:
@@ -840,9 +836,8 @@ def play(args: Args) -> dict:
             *_, (*_, info) = play_episode(agent, Env(args.env_id, i, **options), args.greedy)
             episode = dict(info, sticky_action_prob=sticky, seed=[args.seed, i], rooms=len(info["places"]))
             report["episodes"].append(dict(episode, places=sorted(info["places"])))
-        returns, lengths, rooms = np.array(
-            [[e[name] for name in ("episode_return", "length", "rooms")] for e in report["episodes"][-args.episodes :]]
-        ).T
+        rows = [[e["episode_return"], e["length"], e["rooms"]] for e in report["episodes"][-args.episodes :]]
+        returns, lengths, rooms = np.array(rows).T
         error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else 0.0
         row = dict(sticky_action_prob=sticky, mean=returns.mean(), standard_error=error, std=returns.std())
         row |= dict(median=np.median(returns), best=returns.max(), length=lengths.mean(), rooms=rooms.mean())

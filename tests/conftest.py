@@ -14,12 +14,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "rnd_ppo_atari.py"
 # A run of the real game that takes seconds. Its episodes end within rollouts, at steps 20 and 40 of 48.
-SMALL = "--num-envs 8 --num-steps 16 --obs-norm-rollouts 1 --max-episode-steps 20 --device cpu".split()
+SMALL = "--num-envs 8 --num-steps 16 --obs-norm-rollouts 1 --max-episode-steps 20 --device cpu"
 
 
-def run_script(*arguments, cwd, check=True):
+def run_script(arguments, cwd, check=True):
     """`python rnd_ppo_atari.py ARGUMENTS` in the directory `cwd`."""
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    command = [sys.executable, str(SCRIPT), *arguments.split()]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -37,15 +37,15 @@ def base_run(tmp_path_factory):
     `--resume auto` as under torchrun: where there is nothing to resume it starts a new run.
     """
     cwd = tmp_path_factory.mktemp("base")
-    how = "--total-rollouts 3 --num-workers 1 --int-return-filter forward --run-dir runs --resume auto".split()
-    return run_script(*SMALL, *how, cwd=cwd), cwd / "runs"
+    how = "--total-rollouts 3 --num-workers 1 --int-return-filter forward --run-dir runs --resume auto"
+    return run_script(f"{SMALL} {how}", cwd), cwd / "runs"
 
 
 @pytest.fixture(scope="session")
 def resumed_run(tmp_path_factory):
     """The same three rollouts in two processes: two rollouts with one worker, then one more with three workers."""
     cwd = tmp_path_factory.mktemp("resumed")
-    how = "--total-rollouts 2 --num-workers 1 --int-return-filter forward --run-dir runs".split()
-    run_script(*SMALL, *how, cwd=cwd)
-    how = "--total-rollouts 3 --num-workers 3 --run-dir runs --resume auto".split()
-    return run_script(*how, cwd=cwd), cwd / "runs"
+    how = "--total-rollouts 2 --num-workers 1 --int-return-filter forward --run-dir runs"
+    run_script(f"{SMALL} {how}", cwd)
+    how = "--total-rollouts 3 --num-workers 3 --run-dir runs --resume auto"
+    return run_script(how, cwd), cwd / "runs"

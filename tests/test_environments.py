@@ -1,18 +1,16 @@
 """The environments: against Gymnasium's preprocessing, against a plain loop, and when a process dies."""
 
+import copy
 import io
-import json
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 
-import ale_py
 import gymnasium as gym
 import numpy as np
 import psutil
@@ -21,7 +19,6 @@ import torch
 from conftest import ROOT
 from gymnasium.wrappers import AtariPreprocessing
 
-import rnd_ppo_atari as script
 from rnd_ppo_atari import Env, Rollout, VectorEnv, collect
 
 MONTEZUMA, INVADERS, BREAKOUT = "ALE/MontezumaRevenge-v5", "ALE/SpaceInvaders-v5", "ALE/Breakout-v5"
@@ -184,8 +181,8 @@ def test_no_two_environments_share_their_sticky_coins():
 
 # --- Many environments ---
 
-OPTIONS = dict(seed=5, max_episode_steps=13)
-STEPS = 40
+OPTIONS = dict(seed=5, max_episode_steps=60)
+STEPS = 130
 
 
 @pytest.fixture(scope="module")
@@ -229,22 +226,22 @@ def test_results_depend_on_neither_workers_nor_groups(plain_loop, workers, group
         np.testing.assert_array_equal(envs.reset(), first)
         results = [envs.step(row) for row in actions[: STEPS // 2]]
         # The other half in the order of the training loop: one group steps while others are waited for.
-        halves = [[None] * len(envs.groups) for _ in range(STEPS // 2, STEPS)]
+        received = []
         for t, row in enumerate(actions[STEPS // 2 :]):
             for g, here in enumerate(envs.groups):
                 if t > 0:
-                    halves[t - 1][g] = [x.copy() for x in (received := envs.recv(g))[:3]] + [received[3]]
+                    received.append(copy.deepcopy(envs.recv(g)))
                 envs.send(g, row[here])
-        for g in range(len(envs.groups)):
-            halves[-1][g] = [x.copy() for x in (received := envs.recv(g))[:3]] + [received[3]]
-        for parts in halves:
+        received += [copy.deepcopy(envs.recv(g)) for g in range(len(envs.groups))]
+        for t in range(STEPS - STEPS // 2):
+            parts = received[t * len(envs.groups) : (t + 1) * len(envs.groups)]
             frames, rewards, dones, infos = zip(*parts, strict=True)
-            results.append((*map(np.concatenate, (frames, rewards, dones)), sum(infos, [])))
+            results.append((*map(np.concatenate, (frames, rewards, dones)), [info for part in infos for info in part]))
         assert_equal_steps(results, expected)
     finally:
         envs.close()
     assert any((rewards > 1).any() for _, rewards, _, _ in results)  # unclipped
-    assert sum(len(infos) for *_, infos in results) == 5 * (STEPS // 13)
+    assert sum(len(infos) for *_, infos in results) == 5 * (STEPS // 60)
 
 
 def test_the_environments_of_a_second_process_are_others():
@@ -390,17 +387,19 @@ while True:
         workers = [psutil.Process(int(pid)) for pid in main.stdout.readline().split()]
         assert len(workers) == 2
         main.kill()
-    gone, alive = psutil.wait_procs(workers, timeout=5)
+    _, alive = psutil.wait_procs(workers, timeout=5)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_the_hot_path_hands_no_frame_through_a_pipe():
-    """Frames go through shared memory; what the pipes carry for a step stays small."""
-    envs = VectorEnv(MONTEZUMA, 4, num_workers=1, max_episode_steps=5)
+@pytest.mark.skipif(not hasattr(psutil.Process, "io_counters"), reason="this system does not count a process's bytes")
+def test_no_frame_goes_through_a_pipe():
+    """Frames are in shared memory: what the main process reads in a step is far less than a frame."""
+    envs = VectorEnv(MONTEZUMA, 4, num_workers=1)
     try:
-        results = [envs.step(np.zeros(4, np.int64)) for _ in range(10)]
-        sizes = [len(pickle.dumps(infos)) for *_, infos in results]
+        envs.reset()
+        before = psutil.Process().io_counters().read_chars
+        for _ in range(10):
+            envs.step(np.zeros(4, np.int64))
+        assert psutil.Process().io_counters().read_chars - before < 10 * 84 * 84
     finally:
         envs.close()
-    assert max(sizes) < 2000
-    assert all(json.dumps(infos) for *_, infos in results)

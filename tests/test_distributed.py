@@ -1,0 +1,111 @@
+"""Several processes: two of them do what one does with all the data, and stay identical."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastops
+import rnd_ppo_atari as rnd_ppo
+
+ROOT = Path(__file__).parent.parent
+
+STEP = """
+import sys
+import numpy as np, torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+import fastops, rnd_ppo_atari as R
+sys.path.insert(0, {tests!r})
+from test_distributed import one_step
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+agent, rnd, obs_rms, _ = one_step(range(16 * rank, 16 * rank + 16))
+torch.save([agent, rnd, obs_rms.state_dict()], {out!r} + f"/rank{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+TRAIN = """
+import sys
+import torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+import rnd_ppo_atari as R
+kept, make = [], R.Agent
+def keep(*args):
+    kept.append(make(*args))
+    return kept[-1]
+R.Agent = keep
+destroy = dist.destroy_process_group
+def compare_and_destroy():
+    weights = torch.cat([p.detach().flatten() for p in kept[0].parameters()])
+    others = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, weights)
+    print("EQUAL", all(torch.equal(weights, other) for other in others), flush=True)
+    destroy()
+dist.destroy_process_group = compare_and_destroy
+R.train(R.Args(num_envs=4, num_steps=8, total_rollouts=10, obs_norm_rollouts=1, num_workers=1, run_dir={out!r}))
+"""
+
+
+def one_step(envs):
+    """One optimisation step on the environments `envs` of 32 with made-up data; weights and statistics after it."""
+    torch.manual_seed(0)
+    agent, rnd = rnd_ppo.Agent(6), rnd_ppo.RNDModel()
+    generator = torch.Generator().manual_seed(1)
+    rollout = rnd_ppo.Rollout(4, 32)
+    rollout.frames = torch.randint(0, 256, rollout.frames.shape, generator=generator, dtype=torch.uint8)
+    rollout.ages[:] = 3
+    rollout.actions = torch.randint(0, 6, rollout.actions.shape, generator=generator)
+    rollout.logprobs -= 1.8
+    columns = torch.tensor(list(envs))
+    targets = {
+        name: torch.randn(4, 32, generator=generator)[:, columns] for name in ("advantages", "returns", "int_returns")
+    }
+    for name in ("frames", "ages", "actions", "logprobs", "values", "int_values"):
+        setattr(rollout, name, getattr(rollout, name)[:, columns])
+    obs_rms = fastops.RunningMeanStd((84, 84))
+    rnd_ppo.merge_batch(obs_rms, rollout.frames[4:].contiguous().numpy())
+    params = [*agent.parameters(), *rnd.predictor.parameters()]
+    optimizer = torch.optim.Adam(params, lr=1e-4, eps=1e-8)
+    batch = rnd_ppo.minibatch(rollout, targets, torch.arange(len(columns)), obs_rms, 1.0, 0.1)
+    metrics = rnd_ppo.optimization_step(agent, rnd, optimizer, batch, rnd_ppo.Args())
+    return agent.state_dict(), rnd.state_dict(), obs_rms, metrics
+
+
+def torchrun(code: str, tmp_path: Path) -> str:
+    script = tmp_path / "driver.py"
+    script.write_text(code.format(root=str(ROOT), tests=str(ROOT / "tests"), out=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path):
+    """Rules out wrong averaging of gradients and statistics that see one process's environments only."""
+    torchrun(STEP, tmp_path)
+    agent, rnd, obs_rms, _ = one_step(range(32))
+    for rank in (0, 1):
+        agent2, rnd2, rms2 = torch.load(tmp_path / f"rank{rank}.pt")
+        for one, two in ((agent, agent2), (rnd, rnd2)):
+            assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+        np.testing.assert_allclose(obs_rms.mean, rms2["mean"], rtol=1e-12)
+        np.testing.assert_allclose(obs_rms.var, rms2["var"], rtol=1e-9)
+        assert rms2["count"] == pytest.approx(obs_rms.count)
+
+
+@pytest.mark.slow
+def test_processes_end_with_identical_weights(tmp_path):
+    """Ten rollouts on two processes with environments of their own."""
+    assert torchrun(TRAIN, tmp_path).count("EQUAL True") == 2
+    [path] = tmp_path.glob("MontezumaRevenge-v5__*/checkpoint_000010.pt")
+    state = rnd_ppo.load_checkpoint(path)
+    assert len(state["ranks"]) == 2 and state["progress"]["step"] == 10 * 8 * 8
+    first, second = (rank["envs"] for rank in state["ranks"])
+    assert [env["env"] for env in first + second] == list(range(8))
+    assert all(a["rng"] != b["rng"] for a, b in zip(first, second, strict=True))
