@@ -1,11 +1,11 @@
 """PPO with Random Network Distillation (RND) on Atari games: the whole algorithm in one file.
 
-Train             python rnd_ppo_atari.py --num-envs 128
-Resume            python rnd_ppo_atari.py --num-envs 128 --resume auto        (or --resume PATH of a checkpoint)
-Play              python rnd_ppo_atari.py --play PATH --episodes 30           (add --render for a window)
-8 GPUs            torchrun --nproc-per-node 8 rnd_ppo_atari.py --num-envs 128                 (128 for each process)
+Train             python SCRIPT --num-envs 128                                (SCRIPT: this file)
+Resume            python SCRIPT --num-envs 128 --resume auto                  (or --resume PATH of a checkpoint)
+Play              python SCRIPT --play PATH --episodes 30                     (add --render for a window)
+8 GPUs            torchrun --nproc-per-node 8 SCRIPT --num-envs 128           (128 for each process)
 2 machines of 8   torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
-                      --max-restarts 3 rnd_ppo_atari.py --num-envs 128 --resume auto          (on both machines)
+                      --max-restarts 3 SCRIPT --num-envs 128 --resume auto    (on both machines)
 
 Legend: T steps of a rollout, N environments of this process, A actions; arrays of a rollout are (T, N, ...). A plain
 name (`rewards`, `values`, ...) is the game's stream, which ends with the episode; with `int_` in front it is the stream
@@ -434,30 +434,34 @@ def convolutions(channels: int, activation: nn.Module) -> list[nn.Module]:
 
 
 class Agent(nn.Module):
-    """Policy and both value functions; with `bf16` everything below the heads is computed in bfloat16 [Burda's code].
+    """Policy and both value functions [Burda's code]; with `bf16` the trunk, 95 % of the work, runs in bfloat16.
 
     forward: obs uint8 (B, 4, 84, 84) -> logits (B, A), values (B,), int_values (B,), float32.
     """
 
-    def __init__(self, num_actions: int, bf16: bool = False):
+    def __init__(self, num_actions: int, width: int, bf16: bool = False):
         super().__init__()
         self.bf16 = bf16
         relu = nn.ReLU(inplace=True)
-        hidden = layer(nn.Linear(3136, 256)), relu, layer(nn.Linear(256, 448)), relu
+        hidden = layer(nn.Linear(3136, 256)), relu, layer(nn.Linear(256, width)), relu
         self.trunk = nn.Sequential(*convolutions(4, relu), *hidden)
-        self.policy_branch = layer(nn.Linear(448, 448), 0.1)
-        self.value_branch = layer(nn.Linear(448, 448), 0.1)  # one branch for both values
-        self.policy_head = layer(nn.Linear(448, num_actions), 0.01)
-        self.value_head = layer(nn.Linear(448, 1), 0.01)
-        self.int_value_head = layer(nn.Linear(448, 1), 0.01)
+        self.policy_branch = layer(nn.Linear(width, width), 0.1)
+        self.value_branch = layer(nn.Linear(width, width), 0.1)  # one branch for both values
+        self.policy_head = layer(nn.Linear(width, num_actions), 0.01)
+        self.value_head = layer(nn.Linear(width, 1), 0.01)
+        self.int_value_head = layer(nn.Linear(width, 1), 0.01)
         self.to(memory_format=torch.channels_last)  # twice as fast on the CPU
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def features(self, obs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.trunk(obs.to(torch.bfloat16 if self.bf16 else torch.float32).div_(255))
-            p = (x + F.relu(self.policy_branch(x))).float()
-            v = (x + F.relu(self.value_branch(x))).float()
+            return self.trunk(obs.to(torch.bfloat16 if self.bf16 else torch.float32).div_(255)).float()
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        p, v = x + F.relu(self.policy_branch(x)), x + F.relu(self.value_branch(x))
         return self.policy_head(p), self.value_head(v).squeeze(-1), self.int_value_head(v).squeeze(-1)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.heads(self.features(obs))
 
 
 class RNDModel(nn.Module):
@@ -492,7 +496,8 @@ class Rollout:
     rewards      float32 (T, N), their sign, NumPy                     dones        float32 (T, N), NumPy
     """
 
-    def __init__(self, num_steps: int, num_envs: int, device: torch.device | str = "cpu"):
+    def __init__(self, num_steps: int, num_envs: int, agent: nn.Module | None = None):
+        device = next(agent.parameters()).device if agent else "cpu"
         options: Any = dict(dtype=torch.uint8, device=device)
         self.frames = torch.zeros(num_steps + 4, num_envs, 84, 84, **options)
         self.ages = torch.zeros(num_steps + 1, num_envs, **options)
@@ -506,6 +511,15 @@ class Rollout:
         self.frames[-1] = torch.from_numpy(frames)
         self.ages[-1] = 0
 
+    def seams(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What the next rollout goes on from: pairs of the end of an array and the beginning that it becomes."""
+        return [(self.frames[-4:], self.frames[:4]), (self.ages[-1], self.ages[0])]
+
+    def inputs(self, t: int | slice, envs: Any = slice(None)) -> tuple[torch.Tensor, ...]:
+        """What the agent takes at the steps `t` (with a slice: T consecutive ones) in the environments `envs`."""
+        steps = slice(t, t + 1) if isinstance(t, int) else t
+        return (stack_frames(self.frames[steps.start : steps.stop + 3, envs], self.ages[steps, envs]),)
+
 
 def stack_frames(frames: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
     """Observations of consecutive steps: frames uint8 (T + 3, n, 84, 84), ages (T, n) -> uint8 (T * n, 4, 84, 84).
@@ -518,12 +532,15 @@ def stack_frames(frames: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
     return stacks.mul_(inside[:, :, None, None, :]).flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def act(agent: nn.Module, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Sample actions by the Gumbel-max trick: obs (n, 4, 84, 84), noise (n, A) -> actions, logprobs, both values."""
-    logits, values, int_values = agent(obs)
+def act(agent: nn.Module, inputs: tuple[torch.Tensor, ...], noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Sample actions by the Gumbel-max trick: inputs of one step, noise (n, A) -> actions, logprobs, both values.
+
+    `memory` is what a recurrent agent returns besides; here it is empty.
+    """
+    logits, values, int_values, *memory = agent(*inputs)
     actions = (logits + noise).argmax(-1)
     logprobs = logits.log_softmax(-1).gather(-1, actions[:, None]).squeeze(-1)
-    return actions, logprobs, values, int_values
+    return actions, logprobs, values, int_values, *memory
 
 
 @torch.no_grad()
@@ -534,8 +551,8 @@ def collect(agent: nn.Module, envs: VectorEnv, rollout: Rollout, act=act) -> lis
     """
     num_steps, num_envs = rollout.actions.shape
     device = rollout.frames.device
-    rollout.frames[:4] = rollout.frames[-4:].clone()
-    rollout.ages[0] = rollout.ages[-1]
+    for end, beginning in rollout.seams():
+        beginning.copy_(end.clone())
     # All of a rollout's noise at once: what an environment does then depends neither on groups nor on timing.
     gumbel = -torch.empty(num_steps, num_envs, envs.num_actions).exponential_().log().to(device)
     infos: list[dict] = []
@@ -553,15 +570,15 @@ def collect(agent: nn.Module, envs: VectorEnv, rollout: Rollout, act=act) -> lis
         for group, here in enumerate(envs.groups):
             if t > 0:
                 receive(group, t - 1)
-            obs = stack_frames(rollout.frames[t : t + 4, here], rollout.ages[t : t + 1, here])
-            actions, logprobs, values, int_values = act(agent, obs, gumbel[t, here])
+            inputs = rollout.inputs(t, here)
+            actions, logprobs, values, int_values, *memory = act(agent, inputs, gumbel[t, here])
             envs.send(group, actions.cpu().numpy())
             rollout.actions[t, here], rollout.logprobs[t, here] = actions, logprobs
             rollout.values[t, here], rollout.int_values[t, here] = values, int_values
     for group, here in enumerate(envs.groups):
         receive(group, num_steps - 1)
-        obs = stack_frames(rollout.frames[num_steps:, here], rollout.ages[num_steps:, here])
-        _, _, rollout.values[-1, here], rollout.int_values[-1, here] = act(agent, obs, gumbel[0, here])
+        _, _, values, int_values, *memory = act(agent, rollout.inputs(num_steps, here), gumbel[0, here])
+        rollout.values[-1, here], rollout.int_values[-1, here] = values, int_values
     return infos
 
 
@@ -621,10 +638,10 @@ METRICS = ("policy_loss", "value_loss", "int_value_loss", "predictor_loss", "ent
 def losses(agent: nn.Module, rnd: nn.Module, batch: dict, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum to minimise, and the values named in METRICS, of one minibatch of B samples.
 
-    `batch`: obs (B, 4, 84, 84) uint8; actions, logprobs, advantages, returns, int_returns, values, int_values (B,);
+    `batch`: inputs, those of the agent; actions, logprobs, advantages, returns, int_returns, values, int_values (B,);
     rnd_obs (b, 1, 84, 84), the normalised next frames of the predictor's share; clip, the clip range, ().
     """
-    logits, values, int_values = agent(batch["obs"])
+    logits, values, int_values, *_ = agent(*batch["inputs"])
     log_probs = logits.log_softmax(-1)
     logratio = log_probs.gather(-1, batch["actions"][:, None]).squeeze(-1) - batch["logprobs"]
     ratio, clip, advantages = logratio.exp(), batch["clip"], batch["advantages"]
@@ -682,12 +699,11 @@ def minibatch(rollout: Rollout, targets: dict, envs: torch.Tensor, obs_rms, prop
     arrays = dict(targets, actions=rollout.actions, logprobs=rollout.logprobs)
     arrays |= dict(values=rollout.values[:-1], int_values=rollout.int_values[:-1])
     batch = {name: array[:, envs].flatten() for name, array in arrays.items()}
-    frames = rollout.frames[:, envs]
-    batch["obs"] = stack_frames(frames[:-1], rollout.ages[:-1, envs])
+    batch["inputs"] = rollout.inputs(slice(0, num_steps), envs)
     # The predictor learns from a fresh random share, so that its speed does not grow with N [Burda, A.4].
-    share = torch.randperm(count)[: max(1, round(proportion * count))].to(frames.device)
-    batch["rnd_obs"] = normalize_frames(frames[4:].flatten(0, 1)[share], obs_rms)
-    batch["clip"] = torch.tensor(clip, device=frames.device)
+    share = torch.randperm(count)[: max(1, round(proportion * count))].to(envs.device)
+    batch["rnd_obs"] = normalize_frames(rollout.frames[share // len(envs) + 4, envs[share % len(envs)]], obs_rms)
+    batch["clip"] = torch.tensor(clip, device=envs.device)
     return batch
 
 
@@ -717,8 +733,9 @@ def snapshot(args: Args, parts: dict, rollout: Rollout, envs: VectorEnv, carry: 
     name, key, *rest = np.random.get_state()
     rng = dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state())
     rng["cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    local = dict(rng=rng, envs=envs.call("get_state"), carry=carry.tolist())
-    local |= dict(frames=rollout.frames[-4:].cpu(), ages=rollout.ages[-1].cpu())
+    local = dict(
+        rng=rng, envs=envs.call("get_state"), seams=[end.cpu() for end, _ in rollout.seams()], carry=carry.tolist()
+    )
     state = dict(format=FORMAT, script=Path(__file__).stem, args=vars(args), progress=progress, ranks=gather(local))
     return copy.deepcopy(state | {name: part.state_dict() for name, part in parts.items()})
 
@@ -729,7 +746,9 @@ def restore(state: dict, rank: int, parts: dict, rollout: Rollout, envs: VectorE
         part.load_state_dict(state[name])
     local = state["ranks"][rank]
     envs.call("set_state", local["envs"])
-    carry[:], rollout.frames[-4:], rollout.ages[-1] = local["carry"], local["frames"], local["ages"]
+    carry[:] = local["carry"]
+    for saved, (end, _) in zip(local["seams"], rollout.seams(), strict=True):
+        end.copy_(saved)
     random.setstate(local["rng"]["python"])
     np.random.set_state(tuple(local["rng"]["numpy"]))
     torch.set_rng_state(local["rng"]["torch"])
@@ -797,24 +816,23 @@ def find_checkpoint(args: Args) -> tuple[Path, dict] | tuple[None, None]:
 @torch.no_grad()
 def play_episode(agent: nn.Module, env: Env, greedy: bool = False):
     """Play one episode; yields (action, reward, value, int_value, frame uint8 (84, 84), info) after every step."""
-    rollout = Rollout(1, 1, next(agent.parameters()).device)
+    rollout = Rollout(1, 1, agent)
     frame, info = np.zeros((84, 84), np.uint8), None
     env.reset(frame)
     rollout.start(frame[None])
     while info is None:
-        obs = stack_frames(rollout.frames[1:], rollout.ages[1:])
-        gumbel = -torch.empty(1, env.game.num_actions).exponential_().log().to(obs.device) * (not greedy)
-        action, _, value, int_value = (x.item() for x in act(agent, obs, gumbel))
-        reward, _, info = env.step(int(action), frame)
+        gumbel = -torch.empty(1, env.game.num_actions).exponential_().log().to(rollout.frames.device) * (not greedy)
+        action, _, value, int_value, *memory = act(agent, rollout.inputs(1), gumbel)
+        reward, _, info = env.step(action.item(), frame)
         rollout.frames[:-1] = rollout.frames[1:].clone()
         rollout.frames[-1, 0] = torch.from_numpy(frame)
         rollout.ages[-1] = (rollout.ages[-1] + 1).clamp(max=3)
-        yield action, reward, value, int_value, frame, info
+        yield action.item(), reward, value.item(), int_value.item(), frame, info
 
 
 def load_agent(state: dict, device: torch.device | str = "cpu") -> Agent:
     """The agent of a checkpoint, ready to play."""
-    agent = Agent(state["agent"]["policy_head.bias"].numel()).to(device)
+    agent = Agent(*state["agent"]["policy_head.weight"].shape).to(device)
     agent.load_state_dict(state["agent"])
     return agent.eval()
 
@@ -962,14 +980,14 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
         random.seed(args.seed)
         np.random.seed(args.seed)
         torch.manual_seed(args.seed)  # the same weights in every process ...
-        agent, rnd = Agent(envs.num_actions, bf16).to(device), RNDModel().to(device)
+        agent, rnd = Agent(envs.num_actions, 448, bf16).to(device), RNDModel().to(device)
         torch.manual_seed(args.seed + 1_000_003 * rank)  # ... but actions of its own
         mode = "reduce-overhead" if cuda else "default"
         policy, loss_fn = (torch.compile(f, mode=mode) if args.compile else f for f in (act, losses))
         params = [*agent.parameters(), *rnd.predictor.parameters()]
         optimizer = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-8, fused=True)
         obs_rms, int_return_rms = fastops.RunningMeanStd((84, 84)), fastops.RunningMeanStd(())
-        rollout, carry = Rollout(args.num_steps, args.num_envs, device), np.zeros(args.num_envs)
+        rollout, carry = Rollout(args.num_steps, args.num_envs, agent), np.zeros(args.num_envs)
         parts = dict(agent=agent, rnd=rnd, optimizer=optimizer, obs_rms=obs_rms, int_return_rms=int_return_rms)
         progress: dict[str, Any] = dict(iteration=0, step=0, episodes=0, best_return=-math.inf, best_mean=-math.inf)
         progress |= dict(recent=[], visits={}, events={}, warning=None)

@@ -305,7 +305,11 @@ class RunningMeanStd:
 
     def state_dict(self) -> dict[str, Any]:
         """In plain types, for any file format: {"mean": nested lists, "var": nested lists, "count": float}."""
-        return {"mean": np.asarray(self.mean).tolist(), "var": np.asarray(self.var).tolist(), "count": float(self.count)}
+        return {
+            "mean": np.asarray(self.mean).tolist(),
+            "var": np.asarray(self.var).tolist(),
+            "count": float(self.count),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the statistics that `state_dict` returned. Anything else raises and leaves the object as it was.

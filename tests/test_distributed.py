@@ -53,7 +53,7 @@ R.train(R.Args(num_envs=4, num_steps=8, total_rollouts=10, obs_norm_rollouts=1, 
 def one_step(envs):
     """One optimisation step on the environments `envs` of 32 with made-up data; weights and statistics after it."""
     torch.manual_seed(0)
-    agent, rnd = rnd_ppo.Agent(6), rnd_ppo.RNDModel()
+    agent, rnd = rnd_ppo.Agent(6, 448), rnd_ppo.RNDModel()
     generator = torch.Generator().manual_seed(1)
     rollout = rnd_ppo.Rollout(4, 32)
     rollout.frames = torch.randint(0, 256, rollout.frames.shape, generator=generator, dtype=torch.uint8)
