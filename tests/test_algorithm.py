@@ -104,6 +104,16 @@ class Function(nn.Module):
         return self.function(*inputs)
 
 
+def make_agent(num_actions=18, **options):
+    return Agent(num_actions, 448, **options)
+
+
+def observations(batch):
+    """The stacks of four that a minibatch shows to the agent."""
+    (obs,) = batch["inputs"]
+    return obs
+
+
 def started(envs, num_steps):
     rollout = Rollout(num_steps, envs.num_envs)
     rollout.start(envs.reset())
@@ -134,7 +144,7 @@ def test_observations_next_frames_and_ends_are_aligned():
     obs_rms = fastops.RunningMeanStd((84, 84), count=1.0)  # mean 0, variance 1
     obs_rms.var *= 100.0**2
     batch = minibatch(rollout, {}, torch.tensor([0]), obs_rms, 1.0, 0.1)
-    assert [seen_stack(obs) for obs in batch["obs"]] == stacks[:3]  # trained on what was seen
+    assert [seen_stack(obs) for obs in observations(batch)] == stacks[:3]  # trained on what was seen
     assert sorted(batch["rnd_obs"][:, 0, 0, 0].mul(100).round().tolist()) == [20, 100, 110]
 
     collect(agent, envs, rollout)  # goes on where the last rollout ended
@@ -208,7 +218,7 @@ def test_actions_follow_the_policy_and_carry_its_logprobs():
 
 
 def test_greedy_is_the_most_probable_action():
-    actions, logprobs, _, _ = act(Fixed([0.1, 0.3, 0.2]), torch.zeros(1, 4, 84, 84), torch.zeros(1, 3))
+    actions, logprobs, *_ = act(Fixed([0.1, 0.3, 0.2]), (torch.zeros(1, 4, 84, 84),), torch.zeros(1, 3))
     assert actions.tolist() == [1]
     close(logprobs, torch.tensor([0.1, 0.3, 0.2]).log_softmax(0)[1:2])
 
@@ -416,7 +426,7 @@ def batch_of_the_specification():
     logits = torch.tensor(np.array([with_entropy(p, ENTROPY) for p in (0.3, 0.4, 0.1, 0.26)]))
     values, int_values = torch.tensor([0.5, 1.5] * 2), torch.tensor([0.2, 0.4] * 2)
     batch = dict(
-        obs=torch.zeros(4, 4, 84, 84, dtype=torch.uint8),
+        inputs=(torch.zeros(4, 4, 84, 84, dtype=torch.uint8),),
         actions=torch.zeros(4, dtype=torch.int64),
         logprobs=torch.tensor([0.25, 0.5, 0.1, 0.2]).log(),
         advantages=torch.tensor([1.0, -2.0, 0.5, -1.0]),
@@ -529,7 +539,7 @@ def test_sizes_and_initial_weights_of_the_networks():
     def size(module):
         return sum(p.numel() for p in module.parameters())
 
-    agent, rnd = Agent(18), RNDModel()
+    agent, rnd = make_agent(), RNDModel()
     assert (size(agent), size(rnd.target), size(rnd.predictor)) == (1_407_476, 1_677_984, 2_203_296)
     assert [p.requires_grad for p in rnd.target.parameters()] == [False] * 8
     assert all(p.requires_grad for p in [*rnd.predictor.parameters(), *agent.parameters()])
@@ -560,7 +570,7 @@ def test_the_networks_compute_what_the_paper_draws():
     """Residual branches x + relu(fc(x)), both values from one of them; input / 255; slope .2 in the RND networks, and
     no activation at their end."""
     torch.manual_seed(0)
-    agent, rnd = Agent(5), RNDModel()
+    agent, rnd = make_agent(5), RNDModel()
     for p in [*agent.parameters(), *rnd.parameters()]:
         p.data += 0.01 * torch.randn_like(p)  # biases count
     obs = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
@@ -583,7 +593,7 @@ def test_the_networks_compute_what_the_paper_draws():
 def test_bfloat16_changes_the_policy_a_little_and_its_outputs_type_not_at_all():
     """Weights and heads stay in fp32: a logarithm of a bfloat16 probability would be wrong in the third digit."""
     torch.manual_seed(0)
-    one, other = Agent(5), Agent(5, bf16=True)
+    one, other = make_agent(5), make_agent(5, bf16=True)
     other.load_state_dict(one.state_dict())
     obs = torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8)
     for actual, expected in zip(other(obs), one(obs), strict=True):
@@ -600,7 +610,7 @@ def real_parts(num_actions=18, sharp=30.0):
     """Agent, RND model and optimiser; the heads `sharp` times as large as at the start, so that actions and values
     depend on what is seen and a misplaced one shows."""
     torch.manual_seed(0)
-    agent, rnd = Agent(num_actions), RNDModel()
+    agent, rnd = make_agent(num_actions), RNDModel()
     with torch.no_grad():
         for head in (agent.policy_head, agent.value_head, agent.int_value_head):
             head.weight *= sharp
@@ -631,7 +641,7 @@ def test_the_first_minibatch_has_ratio_one():
 
             def noting(agent, rnd, batch, args, seen=seen):
                 with torch.no_grad():
-                    logits, values, int_values = agent(batch["obs"])
+                    logits, values, int_values = agent(*batch["inputs"])
                 logprobs = logits.log_softmax(-1).gather(-1, batch["actions"][:, None])[:, 0]
                 differences = logprobs - batch["logprobs"], values - batch["values"], int_values - batch["int_values"]
                 loss, metrics = losses(agent, rnd, batch, args)
@@ -698,7 +708,7 @@ def test_every_sample_is_used_once_in_every_pass(num_steps, n, proportion):
         close(batch["values"], numbers + 0.25)
         close(batch["int_values"], numbers + 0.5)
         newest = torch.where(numbers < n, 255, numbers - n)  # the next frame of the step before
-        close(batch["obs"][:, 3, 0, 0], newest)
+        close(observations(batch)[:, 3, 0, 0], newest)
         assert batch["clip"].item() == pytest.approx(0.1)
         share = (batch["rnd_obs"][:, 0, 0, 0] * 1000).round().long().tolist()
         assert len(set(share)) == len(share) == max(1, round(proportion * count))
@@ -750,26 +760,28 @@ def test_only_the_share_goes_through_the_rnd_networks_and_only_the_predictor_lea
 def train_on_script(monkeypatch, tmp_path, *, num_envs, **options):
     """`train` with all its parts real but the game; what it did to the environments and with the optimiser."""
     envs = ScriptedEnvs(np.random.default_rng(0).integers(256, size=(40, num_envs)), num_actions=4)
-    steps, counts = [], []
+    steps, rms_counts = [], []
     monkeypatch.setattr(script, "VectorEnv", lambda *_, **__: envs)
 
     def noting(agent, rnd, optimizer, batch, *rest):
-        steps.append((optimizer.param_groups[0]["lr"], batch["clip"].item(), len(batch["rnd_obs"]), len(batch["obs"])))
+        steps.append(
+            (optimizer.param_groups[0]["lr"], batch["clip"].item(), len(batch["rnd_obs"]), len(batch["actions"]))
+        )
         return optimization_step(agent, rnd, optimizer, batch, *rest)
 
     def count_before_bonus(rnd, frames, obs_rms):
-        counts.append(("bonus", round(obs_rms.count)))
+        rms_counts.append(("bonus", round(obs_rms.count)))
         return intrinsic_reward(rnd, frames, obs_rms)
 
     def count_in_training(rollout, targets, where, obs_rms, *rest):
-        counts.append(("training", round(obs_rms.count)))
+        rms_counts.append(("training", round(obs_rms.count)))
         return minibatch(rollout, targets, where, obs_rms, *rest)
 
     monkeypatch.setattr(script, "optimization_step", noting)
     monkeypatch.setattr(script, "intrinsic_reward", count_before_bonus)
     monkeypatch.setattr(script, "minibatch", count_in_training)
     path = script.train(Args(num_envs=num_envs, device="cpu", run_dir=str(tmp_path), **options))
-    return envs, steps, counts, path
+    return envs, steps, rms_counts, path
 
 
 @pytest.mark.parametrize("anneal", [False, True])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import numpy as np
 import psutil
 import pytest
@@ -121,7 +122,7 @@ def test_the_checkpoint_holds_everything_in_plain_types(base_run):
     assert set(state["args"]) == set(vars(Args()))
     assert state["progress"]["iteration"] == 3
     assert state["progress"]["step"] == 384
-    agent, rnd = script.Agent(18), script.RNDModel()
+    agent, rnd = script.Agent(18, 448), script.RNDModel()
     agent.load_state_dict(state["agent"])
     rnd.load_state_dict(state["rnd"])
     rms = fastops.RunningMeanStd((84, 84))
@@ -140,19 +141,22 @@ def test_the_checkpoint_holds_everything_in_plain_types(base_run):
 
 @pytest.fixture(scope="module")
 def run_as_function(tmp_path_factory):
-    """The base run again, but as a function in this process, with three workers; the path that `train` returns."""
+    """The base run again, but as a function in this process, with three workers: what `train` returns and leaves."""
     torch.manual_seed(12345)  # what a notebook has done before must not matter
+    before = psutil.Process().children()
     options = dict(num_envs=8, num_steps=16, obs_norm_rollouts=1, max_episode_steps=20, device="cpu", total_rollouts=3)
     run_dir = str(tmp_path_factory.mktemp("function"))
-    return train(Args(**options, num_workers=3, int_return_filter="forward", run_dir=run_dir))
+    path = train(Args(**options, num_workers=3, int_return_filter="forward", run_dir=run_dir))
+    return path, set(psutil.Process().children()) - set(before)
 
 
 def test_the_same_seed_gives_the_same_run_whatever_the_workers(base_run, run_as_function):
     """Bit for bit: weights, optimiser, statistics, environments, generators. And `train` is a function that can be
     called: it leaves no process behind."""
-    one, other = load_checkpoint(last_checkpoint(base_run[1])), load_checkpoint(run_as_function)
+    path, left_behind = run_as_function
+    one, other = load_checkpoint(last_checkpoint(base_run[1])), load_checkpoint(path)
     assert not differences(without_location(one), without_location(other))
-    assert not psutil.Process().children()
+    assert not left_behind
 
 
 def test_another_seed_gives_another_run(base_run, tmp_path):
@@ -256,7 +260,7 @@ def test_play_writes_a_report(base_run, tmp_path):
 
 def test_play_repeats_itself_and_means_what_it_says(base_run, tmp_path, capsys):
     """The statistics of a game with points: Space Invaders with an untrained agent, episodes long enough to score."""
-    agent = script.Agent(6)
+    agent = script.Agent(6, 448)
     args = Args(env_id="ALE/SpaceInvaders-v5", max_episode_steps=100, episodes=2, device="cpu")
     state = load_checkpoint(last_checkpoint(base_run[1])) | dict(agent=agent.state_dict(), args=vars(args))
     path = script.save_checkpoint(state, tmp_path)
@@ -430,6 +434,14 @@ def test_arguments_that_contradict_the_checkpoint(base_run, fails, argument, sai
     line = fails(f"--resume {last_checkpoint(base_run[1])} {argument}")
     for words in said:
         assert words in line
+
+
+def test_a_run_that_is_still_going_on_cannot_be_resumed(base_run, fails):
+    """Two processes that write to one directory would destroy each other's checkpoints and curves."""
+    path = last_checkpoint(base_run[1])
+    with filelock.FileLock(path.parent / "lock"):
+        line = fails(f"--resume {path} --total-rollouts 4")
+    assert str(path.parent) in line
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""The scripts repeat each other by design; these tests hold them together."""
+
+import ast
+import difflib
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BASE = "rnd_ppo_atari"
+VARIANTS = {
+    "rnd_ppo_atari_lstm": dict(
+        lines=90, hunks=12, varying={"Args", "Agent", "Rollout", "collect", "play_episode", "train"}
+    )
+}
+SCRIPTS = [BASE, *VARIANTS]
+LINES = 1150
+
+
+def source(name: str) -> str:
+    return (ROOT / f"{name}.py").read_text()
+
+
+def definitions(name: str) -> dict[str, str]:
+    text = source(name)
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return {node.name: ast.get_source_segment(text, node) or "" for node in nodes}
+
+
+def diff(name: str) -> list[str]:
+    """The lines of `diff -U0` without the line numbers, which change with every edit."""
+    lines = difflib.unified_diff(source(BASE).splitlines(), source(name).splitlines(), n=0, lineterm="")
+    return ["@@" if line.startswith("@@") else line for line in itertools.islice(lines, 2, None)]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_sections(name):
+    titles = "Arguments Environments Networks Rollout Intrinsic_reward Update Checkpoints Play Training".split()
+    expected = [f"# === {i}. {title.replace('_', ' ')} " for i, title in enumerate(titles, 1)]
+    found = re.findall(r"^# === .*$", source(name), re.M)
+    assert [line.rstrip("=") for line in found] == expected
+    assert {len(line) for line in found} == {120}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_budget_of_the_diff(name):
+    plain = subprocess.run(["diff", f"{BASE}.py", f"{name}.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    changed = re.findall(r"^[<>]", plain, re.M)
+    hunks = re.findall(r"^\d", plain, re.M)
+    assert 0 < len(changed) <= VARIANTS[name]["lines"], f"{len(changed)} changed lines"
+    assert len(hunks) <= VARIANTS[name]["hunks"], f"{len(hunks)} hunks"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_same_names_are_the_same(name):
+    """A function of the same name is byte-identical unless it is listed as varying, and what is listed does vary."""
+    base, variant = definitions(BASE), definitions(name)
+    assert {key for key in base if variant.get(key) != base[key]} == VARIANTS[name]["varying"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_length_and_share_of_prose(name):
+    lines = source(name).splitlines()
+    prose = sum(line.lstrip().startswith("#") or "  # " in line for line in lines)
+    for node in ast.walk(ast.parse(source(name))):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            prose += (node.end_lineno or 0) - node.lineno + 1
+    assert len(lines) <= LINES
+    assert prose >= len(lines) / 5, f"{prose} of {len(lines)}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports_nothing_local_but_fastops(name):
+    local = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    nodes = [node for node in ast.walk(ast.parse(source(name))) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names} & local == {"fastops"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_docstring_says_what_differs(name):
+    last = (ast.get_docstring(ast.parse(source(name))) or "").split("\n\n")[-1]
+    assert last.startswith(f"Variant of {BASE}.py: ")
+    assert ast.get_docstring(ast.parse(source(BASE))) in (ast.get_docstring(ast.parse(source(name))) or "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_main_is_two_lines(name):
+    assert source(name).endswith('\n\nif __name__ == "__main__":\n    sys.exit(main())\n')
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stored_diff_is_fresh(name):
+    """docs/diffs shows accidental divergence in review. To renew it: python tests/test_scripts.py"""
+    stored = ROOT / "docs" / "diffs" / f"atari__{name.rpartition('_')[2]}.diff"
+    assert stored.read_text().splitlines() == diff(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_copy_trains_alone(name, tmp_path):
+    """The script in an empty directory, with fastops installed, trains two rollouts of the real game and plays."""
+    (tmp_path / f"{name}.py").write_text(source(name))
+    small = "--num-envs 4 --num-steps 8 --obs-norm-rollouts 1 --total-rollouts 2".split()
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    run = dict(cwd=tmp_path, capture_output=True, text=True, timeout=200, env=env)
+    done = subprocess.run([sys.executable, f"{name}.py", *small], **run)
+    assert done.returncode == 0, done.stderr
+    assert "fastops in cython" in done.stdout
+    [path] = tmp_path.glob("runs/*/checkpoint_000002.pt")
+    play = f"--play {path} --episodes 1 --max-episode-steps 20".split()
+    done = subprocess.run([sys.executable, f"{name}.py", *play], **run)
+    assert done.returncode == 0, done.stderr
+    assert "length 20" in done.stdout
+
+
+if __name__ == "__main__":
+    for variant in VARIANTS:
+        path = ROOT / "docs" / "diffs" / f"atari__{variant.rpartition('_')[2]}.diff"
+        path.write_text("\n".join(diff(variant)) + "\n")
