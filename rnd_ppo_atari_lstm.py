@@ -212,13 +212,13 @@ class Emulator:
     def __init__(self, env_id: str, seed: int, render_mode: str | None = None):
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         # Gymnasium makes the game and finds the ROM; frame skip, sticky actions and the time limit are Env's.
-        options = dict(frameskip=1, repeat_action_probability=0.0, max_num_frames_per_episode=0)
+        options: Any = dict(frameskip=1, repeat_action_probability=0.0, max_num_frames_per_episode=0)
         gym.register_envs(ale_py)
-        self.env: Any = gym.make(env_id, render_mode=render_mode, **options).unwrapped
-        self.env.reset(seed=seed)
-        self.ale, self.actions = self.env.ale, self.env.ale.getMinimalActionSet()
+        env: Any = gym.make(env_id, render_mode=render_mode, **options).unwrapped
+        env.reset(seed=seed)
+        self.ale, self.actions = env.ale, env.ale.getMinimalActionSet()
         self.num_actions, self.screen_shape = len(self.actions), self.ale.getScreenDims()
-        self.room_ram = ROOM_RAM.get(self.env.spec.kwargs["game"])
+        self.room_ram = ROOM_RAM.get(env.spec.kwargs["game"])
 
     def reset(self) -> None:
         self.ale.reset_game()
@@ -460,7 +460,7 @@ class Agent(nn.Module):
         self.policy_head = layer(nn.Linear(width, num_actions), 0.01)
         self.value_head = layer(nn.Linear(width, 1), 0.01)
         self.int_value_head = layer(nn.Linear(width, 1), 0.01)
-        self.to(memory_format=torch.channels_last)  # twice as fast on the CPU
+        self.trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on the CPU
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
@@ -514,7 +514,7 @@ class Rollout:
     rewards      float32 (T, N), their sign, NumPy                     dones        float32 (T, N), NumPy
     """
 
-    def __init__(self, num_steps: int, num_envs: int, agent: nn.Module | None = None):
+    def __init__(self, num_steps: int, num_envs: int, agent: Any = None):
         device = next(agent.parameters()).device if agent else "cpu"
         width = agent.lstm.hidden_size if agent else 256
         self.states = torch.zeros(2, 2, num_envs, width, device=device)  # h, c before the first and after the last step
@@ -593,14 +593,14 @@ def collect(agent: nn.Module, envs: VectorEnv, rollout: Rollout, act=act) -> lis
             if t > 0:
                 receive(group, t - 1)
             inputs = rollout.inputs(t, here)
-            actions, logprobs, values, int_values, *memory = act(agent, inputs, gumbel[t, here])
+            actions, logprobs, values, int_values, state = act(agent, inputs, gumbel[t, here])
+            rollout.states[1][:, here] = state
             envs.send(group, actions.cpu().numpy())
-            rollout.states[1][:, here] = memory[0]
             rollout.actions[t, here], rollout.logprobs[t, here] = actions, logprobs
             rollout.values[t, here], rollout.int_values[t, here] = values, int_values
     for group, here in enumerate(envs.groups):
         receive(group, num_steps - 1)
-        _, _, values, int_values, *memory = act(agent, rollout.inputs(num_steps, here), gumbel[0, here])
+        _, _, values, int_values, *_ = act(agent, rollout.inputs(num_steps, here), gumbel[0, here])
         rollout.values[-1, here], rollout.int_values[-1, here] = values, int_values
     return infos
 
@@ -753,8 +753,8 @@ FORMAT = 1  # of a checkpoint; a file of another one is refused
 
 def snapshot(args: Args, parts: dict, rollout: Rollout, envs: VectorEnv, carry: np.ndarray, progress: dict) -> dict:
     """A copy, in plain types and tensors, of all that a run is between two rollouts; `parts`: what has a state_dict."""
-    name, key, *rest = np.random.get_state()
-    rng = dict(python=random.getstate(), numpy=[name, key.tolist(), *rest], torch=torch.get_rng_state())
+    numpy = [np.asarray(item).tolist() for item in np.random.get_state()]
+    rng: dict = dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state())
     rng["cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     local = dict(
         rng=rng, envs=envs.call("get_state"), seams=[end.cpu() for end, _ in rollout.seams()], carry=carry.tolist()
@@ -845,9 +845,8 @@ def play_episode(agent: nn.Module, env: Env, greedy: bool = False):
     rollout.start(frame[None])
     while info is None:
         gumbel = -torch.empty(1, env.game.num_actions).exponential_().log().to(rollout.frames.device) * (not greedy)
-        action, _, value, int_value, *memory = act(agent, rollout.inputs(1), gumbel)
-        reward, _, info = env.step(action.item(), frame)
-        rollout.states[1] = memory[0]
+        action, _, value, int_value, rollout.states[1] = act(agent, rollout.inputs(1), gumbel)
+        reward, _, info = env.step(int(action.item()), frame)
         rollout.frames[:-1] = rollout.frames[1:].clone()
         rollout.frames[-1, 0] = torch.from_numpy(frame)
         rollout.ages[-1] = (rollout.ages[-1] + 1).clamp(max=3)
@@ -863,11 +862,14 @@ def load_agent(state: dict, device: torch.device | str = "cpu") -> Agent:
 
 def play(args: Args) -> dict:
     """Evaluate the checkpoint `args.play` with sticky actions and without; the report that --json writes."""
+    check_args(args)
     state = load_checkpoint(args.play)
     if args.env_id != state["args"]["env_id"]:
         raise UsageError(f"--play: expected a checkpoint of {args.env_id}, got one of {state['args']['env_id']}")
     if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         raise UsageError("--render: expected a display, found none; record a video with tools/watch.py instead")
+    if not Path(args.json).absolute().parent.is_dir():
+        raise UsageError(f"--json: expected a file in a directory that exists, got {args.json}")
     agent = load_agent(state, "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     report: dict = dict(checkpoint=args.play, env_id=args.env_id, greedy=args.greedy, summary=[], episodes=[])
@@ -896,10 +898,8 @@ PLOTS = {  # the six to look at first, in TensorBoard's tab "custom scalars"
     "return": ["charts/episodic_return_mean100", "charts/best_return"],
     "rooms": ["charts/rooms", "charts/rooms_total"],
     "bonus": ["rnd/int_reward_raw", "losses/predictor_loss"],
-    "entropy": ["losses/entropy"],
     "explained variance": ["losses/explained_variance", "losses/int_explained_variance"],
-    "speed": ["charts/SPS"],
-}
+} | {tag.rpartition("/")[2]: [tag] for tag in ("losses/entropy", "charts/SPS")}
 
 
 def exit_on_signal(save) -> None:
@@ -1063,15 +1063,14 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
             events = []  # tag, value, step
             for info in infos:
                 at = progress["step"] + (info["step"] + 1) * all_envs
-                events.append(("charts/episodic_return", info["episode_return"], at))
-                events.append(("charts/episodic_length", info["length"], at))
-                episode = [info["episode_return"], info["length"], len(info["places"])]
-                progress["recent"] = [*progress["recent"], episode][-100:]
+                events += [("charts/episodic_return", info["episode_return"], at)]
+                events += [("charts/episodic_length", info["length"], at)]
+                progress["recent"].append([info["episode_return"], info["length"], len(info["places"])])
                 progress["best_return"] = max(progress["best_return"], info["episode_return"])
                 for place, steps in info["places"].items():
                     progress["visits"][place] = progress["visits"].get(place, 0) + steps
             progress |= dict(iteration=iteration, step=progress["step"] + all_envs * args.num_steps)
-            progress["episodes"] += len(infos)
+            progress |= dict(episodes=progress["episodes"] + len(infos), recent=progress["recent"][-100:])
             returns, lengths, rooms = np.mean(progress["recent"] or [[math.nan] * 3], axis=0).tolist()
             scalars = {f"losses/{name}": value for name, value in metrics.items()} | {
                 "losses/explained_variance": explained_variance(rollout.values, targets["returns"]),
@@ -1092,11 +1091,11 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
             if progress["recent"]:
                 scalars |= {"charts/episodic_return_mean100": returns, "charts/episodic_length_mean100": lengths}
                 scalars |= {"charts/rooms": rooms, "charts/best_return": progress["best_return"]}
+            events += [(tag, value, progress["step"]) for tag, value in scalars.items()]
             try:
-                for tag, value, at in (*events, *((*item, progress["step"]) for item in scalars.items())):
-                    if writer:
-                        writer.add_scalar(tag, value, at)
                 if writer:
+                    for event in events:
+                        writer.add_scalar(*event)
                     writer.flush()
                     progress["events"] = {path.name: path.stat().st_size for path in run.glob("events.out.tfevents.*")}
             except OSError as error:

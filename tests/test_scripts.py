@@ -40,8 +40,18 @@ def diff(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_sections(name):
-    titles = "Arguments Environments Networks Rollout Intrinsic_reward Update Checkpoints Play Training".split()
-    expected = [f"# === {i}. {title.replace('_', ' ')} " for i, title in enumerate(titles, 1)]
+    titles = [
+        "Arguments",
+        "Environments",
+        "Networks",
+        "Rollout",
+        "Intrinsic reward",
+        "Update",
+        "Checkpoints",
+        "Play",
+        "Training",
+    ]
+    expected = [f"# === {i}. {title} " for i, title in enumerate(titles, 1)]
     found = re.findall(r"^# === .*$", source(name), re.M)
     assert [line.rstrip("=") for line in found] == expected
     assert {len(line) for line in found} == {120}
@@ -107,7 +117,7 @@ def test_stored_diff_is_fresh(name):
 def test_a_copy_trains_alone(name, tmp_path):
     """The script in an empty directory, with fastops installed, trains two rollouts of the real game and plays."""
     (tmp_path / f"{name}.py").write_text(source(name))
-    small = "--num-envs 4 --num-steps 8 --obs-norm-rollouts 1 --total-rollouts 2".split()
+    small = ["--num-envs=4", "--num-steps=8", "--obs-norm-rollouts=1", "--total-rollouts=2"]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     run = dict(cwd=tmp_path, capture_output=True, text=True, timeout=200, env=env)
     done = subprocess.run([sys.executable, f"{name}.py", *small], **run)
