@@ -221,6 +221,7 @@ class Emulator:
         self.room_ram = ROOM_RAM.get(env.spec.kwargs["game"])
 
     def reset(self) -> None:
+        """Start a game, as the cartridge does: no no-op or fire actions [Burda's code]."""
         self.ale.reset_game()
 
     def act(self, action: int) -> tuple[float, bool]:
@@ -240,6 +241,7 @@ class Emulator:
         return None if self.room_ram is None else int(self.ale.getRAM()[self.room_ram])
 
     def get_state(self) -> bytes:
+        """The whole emulator, its random numbers included."""
         return self.ale.cloneState(include_rng=True).serialize()
 
     def set_state(self, state: bytes) -> None:
@@ -611,7 +613,7 @@ OBS_CLIP = 5.0  # [Burda, 2.4]
 
 
 def gather(value: Any) -> list:
-    """The `value` of every process, in order of rank."""
+    """The `value` of every process, in order of rank; a list of one where there is one."""
     values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
         dist.all_gather_object(values, value)
@@ -667,6 +669,7 @@ def losses(agent: nn.Module, rnd: nn.Module, batch: dict, args: Args) -> tuple[t
     logits, values, int_values, *_ = agent(*batch["inputs"])
     log_probs = logits.log_softmax(-1)
     logratio = log_probs.gather(-1, batch["actions"][:, None]).squeeze(-1) - batch["logprobs"]
+    # In the first minibatch after a rollout the ratio is 1: anything else means stale data or another observation.
     ratio, clip, advantages = logratio.exp(), batch["clip"], batch["advantages"]
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -732,6 +735,7 @@ def minibatch(rollout: Rollout, targets: dict, envs: torch.Tensor, obs_rms, prop
 
 def update(agent, rnd, optimizer, rollout: Rollout, targets: dict, obs_rms, proportion, clip, args, losses=losses):
     """Train on the rollout for --update-epochs passes; METRICS, averaged over the steps."""
+    # METRICS stay on the device until the last step is done: waiting for each would leave a GPU idle.
     targets = {name: torch.from_numpy(array).to(rollout.frames.device) for name, array in targets.items()}
     metrics = []
     for _ in range(args.update_epochs):
@@ -760,6 +764,7 @@ def snapshot(args: Args, parts: dict, rollout: Rollout, envs: VectorEnv, carry: 
         rng=rng, envs=envs.call("get_state"), seams=[end.cpu() for end, _ in rollout.seams()], carry=carry.tolist()
     )
     state = dict(format=FORMAT, script=Path(__file__).stem, args=vars(args), progress=progress, ranks=gather(local))
+    # A copy, because training goes on before it is written, if it is written at all.
     return copy.deepcopy(state | {name: part.state_dict() for name, part in parts.items()})
 
 
@@ -823,6 +828,7 @@ def find_checkpoint(args: Args) -> tuple[Path, dict] | tuple[None, None]:
     """Path and state of the checkpoint that --resume means, if any."""
     if args.resume not in ("", "auto"):
         return Path(args.resume), load_checkpoint(args.resume)
+    # The newest run first: its name ends with the time of its start.
     runs = Path(args.run_dir).glob(f"{Path(args.env_id).name}__{args.exp_name}__*") if args.resume else ()
     for run in sorted(runs, key=lambda run: run.name.rpartition("__")[2], reverse=True):
         for path in sorted(run.glob("checkpoint_*.pt"), reverse=True):
@@ -1040,6 +1046,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
 
         if exit_on_signals:
             exit_on_signal(save)
+        # clocks: end of the last rollout, then begin, collected, rewarded, updated
         bar = tqdm(total=args.total_rollouts, initial=progress["iteration"], unit="rollout", disable=not is_main)
         cleanup.callback(bar.close)
         clocks = [time.perf_counter()]
