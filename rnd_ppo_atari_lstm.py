@@ -245,6 +245,7 @@ class Emulator:
         return self.ale.cloneState(include_rng=True).serialize()
 
     def set_state(self, state: bytes) -> None:
+        """Go on from what `get_state` gave."""
         self.ale.restoreState(ale_py.ALEState(state))
 
 
@@ -696,6 +697,7 @@ def optimization_step(agent, rnd, optimizer, batch: dict, args: Args, losses=los
     optimizer.zero_grad()
     loss, metrics = losses(agent, rnd, batch, args)
     loss.backward()
+    # Of the policy and the predictor; the target has no gradient and is not in the optimiser.
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in params])  # one message instead of one for each tensor
@@ -1013,6 +1015,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
         agent, rnd = Agent(envs.num_actions, args.lstm_size, bf16).to(device), RNDModel().to(device)
         torch.manual_seed(args.seed + 1_000_003 * rank)  # ... but actions of its own
         mode = "reduce-overhead" if cuda else "default"
+        # The two units of work: everything between one host synchronisation and the next.
         policy, loss_fn = (torch.compile(f, mode=mode) if args.compile else f for f in (act, losses))
         params = [*agent.parameters(), *rnd.predictor.parameters()]
         optimizer = torch.optim.Adam(params, lr=args.learning_rate, eps=1e-8, fused=True)

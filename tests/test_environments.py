@@ -24,6 +24,20 @@ from rnd_ppo_atari import Env, Rollout, VectorEnv, collect
 MONTEZUMA, INVADERS, BREAKOUT = "ALE/MontezumaRevenge-v5", "ALE/SpaceInvaders-v5", "ALE/Breakout-v5"
 
 
+@pytest.fixture(autouse=True)
+def no_test_hangs():
+    """The mistakes looked for here are those that make a main process wait for ever."""
+
+    def late(*_):
+        raise TimeoutError("the test hangs")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(100)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
 def blank():
     return np.zeros((84, 84), np.uint8)
 
