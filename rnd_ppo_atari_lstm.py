@@ -295,7 +295,7 @@ class Env:
 
     def get_state(self) -> dict[str, Any]:
         """All of the environment in plain types; any Env of the same game continues from it identically."""
-        state = dict(action=self.action, steps=self.steps, episode_return=self.episode_return, places=self.places)
+        state = dict(action=self.action, steps=self.steps, episode_return=self.episode_return, places={**self.places})
         return dict(env=self.index, game=self.game.get_state(), rng=self.rng.bit_generator.state, vars=state)
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -924,17 +924,17 @@ def exit_on_signal(save) -> None:
     def leave() -> None:
         number = os.read(reader, 1)[0]
         threading.Thread(target=lambda: os._exit(128 + os.read(reader, 1)[0]), daemon=True).start()
-        print(f"\n{signal.Signals(number).name}: saving; to go on, add --resume {save()}", flush=True)
+        path = save()
+        print(
+            f"\n{signal.Signals(number).name}: {f'to go on, add --resume {path}' if path else 'not saved'}", flush=True
+        )
         os._exit(128 + number)
 
     threading.Thread(target=leave, daemon=True).start()
 
 
-def open_run(args: Args, found: Path | None, events: dict | None, cleanup) -> tuple[Path, SummaryWriter]:
-    """The run's directory, that of the checkpoint `found` or a new one, locked, and a TensorBoard writer.
-
-    `events` are the sizes of the event files at the checkpoint: what is beyond them is about to be written again.
-    """
+def open_run(args: Args, found: Path | None, state: dict | None, cleanup) -> tuple[Path, SummaryWriter]:
+    """The run's directory, that of the checkpoint `found` or a new one, locked, and a TensorBoard writer."""
     name = f"{Path(args.env_id).name}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run = found.parent if found else Path(args.run_dir, name)
     run.mkdir(parents=True, exist_ok=True)
@@ -942,20 +942,26 @@ def open_run(args: Args, found: Path | None, events: dict | None, cleanup) -> tu
         cleanup.enter_context(filelock.FileLock(run / "lock", timeout=3))  # a killed run's workers may hold it a moment
     except filelock.Timeout:
         raise UsageError(f"{run}: expected a run that has ended, but a process is still training there") from None
-    for path in (*run.glob("*.tmp"), *run.glob("events.out.tfevents.*")):
-        os.truncate(path, events[path.name]) if events and path.name in events else path.unlink()
+    for path in run.glob("*.tmp"):
+        path.unlink()
+    if state:  # what came after the checkpoint is about to come again
+        for path in run.glob("checkpoint_*.pt"):
+            if int(path.stem[11:]) > state["progress"]["iteration"]:  # damaged, or given up by going back
+                path.rename(path.with_suffix(".abandoned"))
+        for path in run.glob("events.out.tfevents.*"):
+            size = state["progress"]["events"].get(path.name)
+            os.truncate(path, min(size, path.stat().st_size)) if size else path.unlink()
     if args.track:
         import wandb
 
         wandb.init(project="rnd-ppo", name=run.name, id=run.name, resume="allow", sync_tensorboard=True)
-    writer = cleanup.enter_context(SummaryWriter(str(run)))
-    if events is None:
-        writer.add_text(
-            "hyperparameters", "|argument|value|\n|-|-|" + "".join(f"\n|{k}|{v}|" for k, v in vars(args).items())
-        )
+    writer = SummaryWriter(str(run))
+    if not state:
+        rows = "".join(f"\n|{name}|{value}|" for name, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|{rows}")
         writer.add_custom_scalars({"RND": {title: ["Multiline", tags] for title, tags in PLOTS.items()}})
         for summary in hparams(vars(args), dict.fromkeys(PLOTS["return"] + PLOTS["rooms"], 0.0)):
-            writer.file_writer.add_summary(summary)
+            writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
     return run, writer
 
 
@@ -995,7 +1001,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
     with contextlib.ExitStack() as cleanup:
         run, writer = Path(), None
         if is_main:
-            run, writer = open_run(args, path, state and state["progress"]["events"], cleanup)
+            run, writer = open_run(args, path, state, cleanup)
         # The workers are forked before there are threads or a CUDA context to inherit.
         options = dict(sticky_action_prob=args.sticky_action_prob, max_episode_steps=args.max_episode_steps)
         options |= dict(num_workers=args.num_workers, seed=args.seed, first_index=rank * args.num_envs)
@@ -1047,6 +1053,12 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
             with saving:  # a signal may ask for it at any moment
                 return save_checkpoint(latest, run, args.keep_checkpoints, best) if is_main else None
 
+        def close() -> None:
+            with contextlib.suppress(OSError):
+                if writer:
+                    writer.close()
+
+        cleanup.callback(close)
         if exit_on_signals:
             exit_on_signal(save)
         # clocks: end of the last rollout, then begin, collected, rewarded, updated
@@ -1102,14 +1114,19 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
                 scalars |= {"charts/episodic_return_mean100": returns, "charts/episodic_length_mean100": lengths}
                 scalars |= {"charts/rooms": rooms, "charts/best_return": progress["best_return"]}
             events += [(tag, value, progress["step"]) for tag, value in scalars.items()]
+            due = iteration % args.save_interval == 0 or iteration == args.total_rollouts
             try:
+                if due and is_main and not writer:
+                    writer = SummaryWriter(str(run))
                 if writer:
                     for event in events:
                         writer.add_scalar(*event)
                     writer.flush()
                     progress["events"] = {path.name: path.stat().st_size for path in run.glob("events.out.tfevents.*")}
             except OSError as error:
-                tqdm.write(f"warning: TensorBoard events cannot be written ({error}); the run goes on without them")
+                tqdm.write(
+                    f"warning: TensorBoard events cannot be written ({error}); the next try comes with the next save"
+                )
                 writer = None
 
             bar.set_postfix_str(
@@ -1123,7 +1140,6 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
                 )
             if is_main and warning and warning != progress["warning"]:
                 tqdm.write(f"warning: {warning}")
-            due = iteration % args.save_interval == 0 or iteration == args.total_rollouts
             best = due and returns > progress["best_mean"]
             progress |= dict(warning=warning, best_mean=returns if best else progress["best_mean"])
             latest = snapshot(args, parts, rollout, envs, carry, progress)

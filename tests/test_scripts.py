@@ -19,7 +19,7 @@ VARIANTS = {
     )
 }
 SCRIPTS = [BASE, *VARIANTS]
-LINES = 1150
+LINES = 1170
 
 
 def source(name: str) -> str:
