@@ -712,7 +712,10 @@ def optimization_step(agent, rnd, optimizer, batch: dict, args: Args, losses=los
 
 
 def advantages_and_returns(rollout: Rollout, int_rewards: np.ndarray, args: Args) -> dict[str, np.ndarray]:
-    """Both streams' GAE: the game's ends with the episode, the intrinsic one never does; float32 (T, N) each."""
+    """Both streams' GAE [Schulman et al. 2016]; float32 (T, N) each.
+
+    The game's stream ends with the episode, the intrinsic one never does [Burda, 2.3]: it is bootstrapped over the reset.
+    """
     values, int_values = rollout.values.cpu().numpy(), rollout.int_values.cpu().numpy()
     adv = fastops.gae(rollout.rewards, values[:-1], rollout.dones, values[-1], args.gamma, args.gae_lambda)
     int_adv = fastops.gae(int_rewards, int_values[:-1], None, int_values[-1], args.int_gamma, args.gae_lambda)
@@ -736,7 +739,10 @@ def minibatch(rollout: Rollout, targets: dict, envs: torch.Tensor, obs_rms, prop
 
 
 def update(agent, rnd, optimizer, rollout: Rollout, targets: dict, obs_rms, proportion, clip, args, losses=losses):
-    """Train on the rollout for --update-epochs passes; METRICS, averaged over the steps."""
+    """Train on the rollout for --update-epochs passes; METRICS, averaged over the steps.
+
+    Each pass shuffles the environments and deals all of them out to the minibatches, so it uses every sample once.
+    """
     # METRICS stay on the device until the last step is done: waiting for each would leave a GPU idle.
     targets = {name: torch.from_numpy(array).to(rollout.frames.device) for name, array in targets.items()}
     metrics = []
