@@ -691,7 +691,7 @@ def optimization_step(agent, rnd, optimizer, batch: dict, args: Args, losses=los
 def advantages_and_returns(rollout: Rollout, int_rewards: np.ndarray, args: Args) -> dict[str, np.ndarray]:
     """Both streams' GAE [Schulman et al. 2016]; float32 (T, N) each.
 
-    The game's stream ends with the episode, the intrinsic one never does [Burda, 2.3]: it is bootstrapped over the reset.
+    The game's stream ends with the episode, the intrinsic one goes on over the reset [Burda, 2.3].
     """
     values, int_values = rollout.values.cpu().numpy(), rollout.int_values.cpu().numpy()
     adv = fastops.gae(rollout.rewards, values[:-1], rollout.dones, values[-1], args.gamma, args.gae_lambda)

@@ -19,7 +19,7 @@ VARIANTS = {
     )
 }
 SCRIPTS = [BASE, *VARIANTS]
-LINES = 1170
+LINES = 1180
 
 
 def source(name: str) -> str:
