@@ -19,6 +19,7 @@ all T steps of a minibatch's environments, from the state at the start of the ro
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import difflib
@@ -28,6 +29,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.connection
 import os
 import pickle
 import random
@@ -308,8 +310,8 @@ def worker(conn, inherited, env_id, first_index, options, groups, shared) -> Non
     """Body of a worker process: does to the environments `groups[g]` what the main process says, until that is gone."""
     for other in inherited:  # a fork copies the main process's ends of earlier pipes: held open, nobody sees an end
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, the main one decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole process group: the main process decides
+        signal.signal(number, signal.SIG_IGN)
     actions, frames, rewards, dones = (array.numpy() for array in shared)
     try:
         envs = {i: Env(env_id, first_index + i, **options) for group in groups for i in group}
@@ -359,6 +361,7 @@ class VectorEnv:
         self.actions, self.frames, self.rewards, self.dones = (array.numpy() for array in shared)
         fork = "fork" in torch.multiprocessing.get_all_start_methods()
         context: Any = torch.multiprocessing.get_context("fork" if fork else "spawn")
+        self.closed = False
         self.workers: list[tuple[Any, Any, list[list[int]]]] = []  # process, pipe, its share of each group
         for w in range(num_workers):
             # A share of each group, so that all workers are at work on the group that is being stepped.
@@ -371,6 +374,7 @@ class VectorEnv:
             theirs.close()
             self.workers.append((process, conn, mine))
         self.num_actions = self.replies()[0]["num_actions"]
+        atexit.register(self.close)  # workers do not obey the SIGTERM that multiprocessing would send them
 
     def send(self, group: int, actions: np.ndarray) -> None:
         """Start a step of `group`: actions int (n,). The arrays that `recv` gave for it are overwritten from now on."""
@@ -420,6 +424,7 @@ class VectorEnv:
 
     def close(self) -> None:
         """End the worker processes."""
+        self.closed = True
         for _, conn, _ in self.workers:
             conn.close()
         for process, _, _ in self.workers:
@@ -916,10 +921,11 @@ PLOTS = {  # the six to look at first, in TensorBoard's tab "custom scalars"
 } | {tag.rpartition("/")[2]: [tag] for tag in ("losses/entropy", "charts/SPS")}
 
 
-def exit_on_signal(save) -> None:
-    """On SIGINT or SIGTERM call `save` in a thread, then exit with 130 or 143; a second signal exits at once.
+def exit_on_signal(save, envs: VectorEnv) -> threading.Event:
+    """On SIGINT or SIGTERM call `save`, then exit with 130 or 143, a second signal at once; with 1 if a worker dies.
 
-    A thread, because Python's own handlers wait until the call into torch that is running returns.
+    In a thread, because Python's own handlers wait until the call into torch that is running returns. The event is set
+    once that thread is going to end the process, which the main thread then should not do first.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -928,15 +934,26 @@ def exit_on_signal(save) -> None:
     signal.set_wakeup_fd(writer)
 
     def leave() -> None:
-        number = os.read(reader, 1)[0]
-        threading.Thread(target=lambda: os._exit(128 + os.read(reader, 1)[0]), daemon=True).start()
-        path = save()
-        print(
-            f"\n{signal.Signals(number).name}: {f'to go on, add --resume {path}' if path else 'not saved'}", flush=True
-        )
-        os._exit(128 + number)
+        ready = multiprocessing.connection.wait([reader, *(process.sentinel for process, _, _ in envs.workers)])
+        if reader in ready:
+            leaving.set()
+            number = os.read(reader, 1)[0]
+            threading.Thread(target=lambda: os._exit(128 + os.read(reader, 1)[0]), daemon=True).start()
+            path = save()
+            what = f"to go on, add --resume {path}" if path else "not saved"
+            print(f"\n{signal.Signals(number).name}: {what}", flush=True)
+            os._exit(128 + number)
+        time.sleep(0.5)  # the main thread, if it is waiting for the worker, says more about it
+        for w, (process, _, shares) in enumerate(envs.workers):
+            if not (process.is_alive() or envs.closed):
+                mine = sorted(i for group in shares for i in group)
+                what = f"worker {w} (environments {mine}) died with exit code {process.exitcode}"
+                print(f"error: {what}", file=sys.stderr, flush=True)
+                os._exit(1)
 
+    leaving = threading.Event()
     threading.Thread(target=leave, daemon=True).start()
+    return leaving
 
 
 def open_run(args: Args, found: Path | None, state: dict | None, cleanup) -> tuple[Path, SummaryWriter]:
@@ -944,12 +961,13 @@ def open_run(args: Args, found: Path | None, state: dict | None, cleanup) -> tup
     name = f"{Path(args.env_id).name}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run = found.parent if found else Path(args.run_dir, name)
     run.mkdir(parents=True, exist_ok=True)
+    for path in run.parent.glob("*/save.tmp"):  # of runs that were killed while they saved
+        with contextlib.suppress(filelock.Timeout), filelock.FileLock(path.parent / "lock", timeout=0):
+            path.unlink(missing_ok=True)
     try:
         cleanup.enter_context(filelock.FileLock(run / "lock", timeout=3))  # a killed run's workers may hold it a moment
     except filelock.Timeout:
         raise UsageError(f"{run}: expected a run that has ended, but a process is still training there") from None
-    for path in run.glob("*.tmp"):
-        path.unlink()
     if state:  # what came after the checkpoint is about to come again
         for path in run.glob("checkpoint_*.pt"):
             if int(path.stem[11:]) > state["progress"]["iteration"]:  # damaged, or given up by going back
@@ -971,13 +989,17 @@ def open_run(args: Args, found: Path | None, state: dict | None, cleanup) -> tup
     return run, writer
 
 
+def check_finite(iteration: int, scalars: dict[str, float]) -> None:
+    """Raise FloatingPointError, with the names of rollout and quantity, if a scalar is not finite."""
+    for name, value in scalars.items():
+        if not math.isfinite(value):
+            what = f"{name} is {value} in rollout {iteration}"
+            raise FloatingPointError(f"{what}; --resume auto goes on from the last checkpoint")
+
+
 def check_health(args: Args, progress: dict, scalars: dict[str, float], num_actions: int) -> str | None:
-    """One sentence about a run that looks dead. FloatingPointError if a scalar is no longer finite."""
-    if bad := [name for name, value in scalars.items() if not math.isfinite(value)]:
-        what = f"{bad[0]} is {scalars[bad[0]]} in rollout {progress['iteration']}"
-        raise FloatingPointError(f"{what}; --resume auto goes on from the last checkpoint")
-    endless = not progress["recent"] and progress["iteration"] * args.num_steps > 2 * args.max_episode_steps
-    if endless:
+    """One sentence about a run that looks dead."""
+    if not progress["recent"] and progress["iteration"] * args.num_steps > 2 * args.max_episode_steps:
         return "no episode has ended in twice --max-episode-steps: look at the environment"
     if scalars["losses/entropy"] < 0.01 * math.log(num_actions):
         return "the entropy has collapsed, the policy hardly explores: raise --ent-coef or lower --learning-rate"
@@ -1066,7 +1088,8 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
 
         cleanup.callback(close)
         if exit_on_signals:
-            exit_on_signal(save)
+            leaving = exit_on_signal(save, envs)
+            cleanup.callback(lambda: leaving.is_set() and time.sleep(60))
         # clocks: end of the last rollout, then begin, collected, rewarded, updated
         bar = tqdm(total=args.total_rollouts, initial=progress["iteration"], unit="rollout", disable=not is_main)
         cleanup.callback(bar.close)
@@ -1080,6 +1103,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
             clocks.append(time.perf_counter())
 
             raw = intrinsic_reward(rnd, rollout.frames[4:], obs_rms)  # with the statistics from before this rollout
+            check_finite(iteration, {"rnd/int_reward_raw": float(raw.mean())})  # before it reaches the normaliser
             merge_batch(obs_rms, rollout.frames[4:].cpu().numpy())  # the predictor learns with those from after it
             int_rewards = scale_int_rewards(raw, carry, int_return_rms, args)
             clocks.append(time.perf_counter())
@@ -1113,6 +1137,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
                 "charts/rooms_total": len(progress["visits"]),
                 "charts/SPS": all_envs * args.num_steps / (clocks[-1] - clocks[0]),
             }
+            check_finite(iteration, scalars)
             warning = check_health(args, progress, scalars, envs.num_actions)
             for i, name in enumerate(("rollout", "bonus", "update"), 1):
                 scalars[f"time/{name}"] = clocks[i + 1] - clocks[i]
