@@ -774,7 +774,10 @@ def snapshot(args: Args, parts: dict, rollout: Rollout, envs: VectorEnv, carry: 
     rng: dict = dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state())
     rng["cuda"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     local = dict(
-        rng=rng, envs=envs.call("get_state"), seams=[end.cpu() for end, _ in rollout.seams()], carry=carry.tolist()
+        rng=rng,
+        envs=envs.call("get_state"),
+        seams=[end.clone().cpu() for end, _ in rollout.seams()],
+        carry=carry.tolist(),
     )
     state = dict(format=FORMAT, script=Path(__file__).stem, args=vars(args), progress=progress, ranks=gather(local))
     # A copy, because training goes on before it is written, if it is written at all.
@@ -1089,7 +1092,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
         cleanup.callback(close)
         if exit_on_signals:
             leaving = exit_on_signal(save, envs)
-            cleanup.callback(lambda: leaving.is_set() and time.sleep(60))
+            cleanup.callback(lambda: time.sleep(60 * leaving.is_set()))
         # clocks: end of the last rollout, then begin, collected, rewarded, updated
         bar = tqdm(total=args.total_rollouts, initial=progress["iteration"], unit="rollout", disable=not is_main)
         cleanup.callback(bar.close)
