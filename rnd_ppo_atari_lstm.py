@@ -38,7 +38,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,8 +174,8 @@ def check_args(args: Args) -> None:
             if not fine(value := getattr(args, name)):
                 raise UsageError(f"--{name.replace('_', '-')}: expected {expected}, got {value!r}")
 
-    counts = "num_steps total_rollouts max_episode_steps update_epochs num_minibatches obs_norm_rollouts num_envs"
-    require(counts + " log_interval save_interval keep_checkpoints episodes", lambda x: x >= 1, "at least 1")
+    counts = {field.name for field in fields(args) if field.type == "int"} - {"seed", "num_workers"}
+    require(" ".join(sorted(counts)), lambda x: x >= 1, "at least 1")
     require("seed", lambda x: 0 <= x < 2**32, "a number from 0 to 4294967295")
     weights = "num_workers ext_coef int_coef ent_coef vf_coef max_grad_norm"
     require(weights, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
@@ -963,7 +963,10 @@ def open_run(args: Args, found: Path | None, state: dict | None, cleanup) -> tup
     """The run's directory, that of the checkpoint `found` or a new one, locked, and a TensorBoard writer."""
     name = f"{Path(args.env_id).name}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run = found.parent if found else Path(args.run_dir, name)
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir: expected a directory that can be written to, got {error}") from None
     for path in run.parent.glob("*/save.tmp"):  # of runs that were killed while they saved
         with contextlib.suppress(filelock.Timeout), filelock.FileLock(path.parent / "lock", timeout=0):
             path.unlink(missing_ok=True)
