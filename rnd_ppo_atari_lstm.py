@@ -1023,11 +1023,16 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     is_main, all_envs = rank == 0, args.num_envs * processes
     path, state = found or find_checkpoint(args)
-    for name, old in (state["args"] | dict(processes=len(state["ranks"])) if state else {}).items():
-        new = dict(vars(args), processes=processes)[name]
-        if new < old if name == "total_rollouts" else new != old and name not in FREE_ARGS:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag}: expected {old}, as in the checkpoint, got {new}; start a new run to change it")
+    if state:
+        done, fixed = state["progress"]["iteration"], state["args"] | dict(processes=len(state["ranks"]))
+        for name, new in dict(vars(args), processes=processes).items():
+            if new != fixed[name] and name not in FREE_ARGS:
+                what = f"expected {fixed[name]}, as in the checkpoint, got {new}; start a new run to change it"
+                raise UsageError(f"--{name.replace('_', '-')}: {what}")
+        if args.total_rollouts < done:
+            raise UsageError(
+                f"--total-rollouts: expected {done}, which the checkpoint has, or more, got {args.total_rollouts}"
+            )
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     bf16 = args.precision == "bf16" or (args.precision == "auto" and cuda)
@@ -1130,7 +1135,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
             progress |= dict(iteration=iteration, step=progress["step"] + all_envs * args.num_steps)
             progress |= dict(episodes=progress["episodes"] + len(infos), recent=progress["recent"][-100:])
             returns, lengths, rooms = np.mean(progress["recent"] or [[math.nan] * 3], axis=0).tolist()
-            scalars = {f"losses/{name}": value for name, value in metrics.items()} | {
+            scalars = {
                 "losses/explained_variance": explained_variance(rollout.values, targets["returns"]),
                 "losses/int_explained_variance": explained_variance(rollout.int_values, targets["int_returns"]),
                 "rnd/int_reward_raw": float(raw.mean()),
@@ -1142,7 +1147,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
                 "charts/rooms_total": len(progress["visits"]),
                 "charts/SPS": all_envs * args.num_steps / (clocks[-1] - clocks[0]),
-            }
+            } | {f"losses/{name}": value for name, value in metrics.items()}
             check_finite(iteration, scalars)
             warning = check_health(args, progress, scalars, envs.num_actions)
             for i, name in enumerate(("rollout", "bonus", "update"), 1):

@@ -43,9 +43,12 @@ def base_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def resumed_run(tmp_path_factory):
-    """The same three rollouts in two processes: two rollouts with one worker, then one more with three workers."""
+    """The same three rollouts, but lost after the second and done again by another process with three workers.
+
+    As if the first process had been killed in the third rollout's last moment: its curves are there, no checkpoint.
+    """
     cwd = tmp_path_factory.mktemp("resumed")
-    how = "--total-rollouts 2 --num-workers 1 --int-return-filter forward --run-dir runs"
+    how = "--total-rollouts 3 --num-workers 1 --int-return-filter forward --run-dir runs --save-interval 2"
     run_script(f"{SMALL} {how}", cwd)
-    how = "--total-rollouts 3 --num-workers 3 --run-dir runs --resume auto"
-    return run_script(how, cwd), cwd / "runs"
+    last_checkpoint(cwd / "runs").unlink()
+    return run_script("--num-workers 3 --run-dir runs --resume auto", cwd), cwd / "runs"

@@ -235,6 +235,9 @@ def test_results_depend_on_neither_workers_nor_groups(plain_loop, workers, group
     envs = VectorEnv(INVADERS, 5, num_workers=workers, num_groups=groups, **OPTIONS)
     try:
         assert len(envs.workers) == min(workers, 5)
+        shares = np.array([[len(share) for share in mine] for _, _, mine in envs.workers])
+        assert np.ptp(shares, axis=0).max() <= 1  # each group keeps all workers busy
+        assert np.ptp(shares.sum(1)) <= 1
         assert [i for group in envs.groups for i in range(5)[group]] == list(range(5))
         assert envs.num_actions == 6
         np.testing.assert_array_equal(envs.reset(), first)
@@ -307,35 +310,53 @@ def test_rollouts_hold_signs_and_infos_hold_the_score():
     assert [(t, i) for t, i in zip(*np.nonzero(rollout.dones), strict=True)] == [(t, i) for t, i, _ in expected]
 
 
-@pytest.mark.parametrize("env_id", [INVADERS, MONTEZUMA])
-def test_a_saved_state_goes_on_identically_in_other_processes(env_id):
+def test_a_saved_state_goes_on_identically_in_other_processes():
     """In the middle of episodes, with other workers, other groups and another seed: nothing is left out of the state.
 
     It is made of what a checkpoint may hold, which is loaded without executing anything.
     """
-    actions = np.random.default_rng(3).integers(6, size=(45, 5))
-    options = dict(max_episode_steps=17)
-    envs = VectorEnv(env_id, 5, num_workers=1, seed=4, **options)
+    actions = np.random.default_rng(3).integers(6, size=(130, 5))
+    options = dict(max_episode_steps=60)
+    envs = VectorEnv(INVADERS, 5, num_workers=1, seed=4, **options)
     try:
-        for row in actions[:10]:
+        for row in actions[:50]:
             envs.step(row)
         states = envs.call("get_state")
-        expected = [envs.step(row) for row in actions[10:]]
+        expected = [envs.step(row) for row in actions[50:]]
     finally:
         envs.close()
     file = io.BytesIO()
     torch.save(states, file)
     file.seek(0)
     states = torch.load(file, weights_only=True)
-    others = VectorEnv(env_id, 5, num_workers=3, num_groups=1, seed=99, **options)
+    others = VectorEnv(INVADERS, 5, num_workers=3, num_groups=1, seed=99, **options)
     try:
         for row in actions[:3]:
             others.step(row)
         others.call("set_state", states)
-        assert_equal_steps([others.step(row) for row in actions[10:]], expected)
+        assert_equal_steps([others.step(row) for row in actions[50:]], expected)
     finally:
         others.close()
-    assert sum(len(infos) for *_, infos in expected) == 10
+    infos = [info for *_, infos in expected for info in infos]
+    assert len(infos) == 10
+    later = sum(rewards for _, rewards, _, _ in expected[:10])
+    assert any(info["episode_return"] > later[info["env"]] for info in infos[:5])  # some points are from before
+
+
+def test_the_state_knows_the_action_that_sticks_and_the_rooms():
+    env, other, frame = Env(MONTEZUMA, sticky_action_prob=1.0), Env(MONTEZUMA, sticky_action_prob=1.0), blank()
+    env.action = 5
+    env.game.ale.setRAM(3, 7)
+    env.step(9, frame)
+    state = env.get_state()
+    env.step(9, frame)
+    other.set_state(state)
+    assert other.places == {7: 1}
+    executed = executed_actions(other)
+    other.step(9, frame)
+    assert executed == [5] * 4
+    assert env.places == other.places == {7: 2}
+    assert state["vars"]["places"] == {7: 1}
 
 
 # --- Processes that end ---

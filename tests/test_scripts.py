@@ -19,7 +19,7 @@ VARIANTS = {
     )
 }
 SCRIPTS = [BASE, *VARIANTS]
-LINES = 1200
+LINES = 1210
 
 
 def source(name: str) -> str:

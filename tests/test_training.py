@@ -61,7 +61,7 @@ def differences(one, other, where=""):
 def without_location(state):
     """A checkpoint's state without what two runs of the same thing may differ in."""
     state = copy.deepcopy(state)
-    for name in ("run_dir", "num_workers", "resume", "total_rollouts"):
+    for name in ("run_dir", "num_workers", "resume", "save_interval"):
         del state["args"][name]
     del state["progress"]["events"]  # sizes of files
     return state
@@ -177,14 +177,15 @@ def test_another_seed_gives_another_run(base_run, tmp_path):
 
 
 def test_a_resumed_run_ends_with_the_same_bits(base_run, resumed_run):
-    """Two rollouts, a new process with other workers, one more: nothing of the state is lost or drawn anew."""
+    """A new process with other workers goes on after the second rollout: nothing of the state is lost or drawn anew."""
+    assert "checkpoint_000002.pt" in resumed_run[0].stdout
     one, other = (load_checkpoint(last_checkpoint(run_dir)) for _, run_dir in (base_run, resumed_run))
     assert one["progress"]["iteration"] == 3
     assert not differences(without_location(one), without_location(other))
 
 
 def test_a_resumed_run_goes_on_with_its_curves(base_run, resumed_run):
-    """In the same directory, without gaps and without points that come twice."""
+    """In the same directory, without gaps, and without the lost rollout's points, which would come twice."""
     _, one = events(base_run[1])
     _, other = events(resumed_run[1])
     assert one.keys() == other.keys()
@@ -259,9 +260,10 @@ def test_play_writes_a_report(base_run, tmp_path):
 
 
 def test_play_repeats_itself_and_means_what_it_says(base_run, tmp_path, capsys):
-    """The statistics of a game with points: Space Invaders with an untrained agent, episodes long enough to score."""
-    agent = script.Agent(6, 448)
-    args = Args(env_id="ALE/SpaceInvaders-v5", max_episode_steps=100, episodes=2, device="cpu")
+    """The statistics of a game with points, unclipped: an untrained agent loses hundreds of them in Journey Escape."""
+    torch.manual_seed(0)
+    agent = script.Agent(16, 448)
+    args = Args(env_id="ALE/JourneyEscape-v5", max_episode_steps=100, episodes=2, device="cpu")
     state = load_checkpoint(last_checkpoint(base_run[1])) | dict(agent=agent.state_dict(), args=vars(args))
     path = script.save_checkpoint(state, tmp_path)
     args.play = str(path)
@@ -270,7 +272,7 @@ def test_play_repeats_itself_and_means_what_it_says(base_run, tmp_path, capsys):
     row = one["summary"][0]
     returns = np.array([e["episode_return"] for e in one["episodes"][:2]])
     assert returns.std() > 0
-    assert returns.max() > 5  # 5 is the least that a clipped reward of 1 stands for
+    assert abs(returns).min() >= 300
     assert row["mean"] == returns.mean()
     assert row["std"] == pytest.approx(returns.std())
     assert row["standard_error"] == pytest.approx(returns.std(ddof=1) / 2**0.5)
