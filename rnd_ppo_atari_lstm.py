@@ -1158,7 +1158,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
             events += [(tag, value, progress["step"]) for tag, value in scalars.items()]
             due = iteration % args.save_interval == 0 or iteration == args.total_rollouts
             try:
-                if due and is_main and not writer:
+                if due and is_main and not writer and run.is_dir():
                     writer = SummaryWriter(str(run))
                 if writer:
                     for event in events:

@@ -796,16 +796,6 @@ def test_directory_gone_while_saving(start, uninterrupted):
     assert_same_run(run.directory, uninterrupted, 8, events=False)  # TensorBoard has lost its file
 
 
-def test_directory_deleted_for_good(start):
-    """The run warns, makes it anew at a later save and goes to its end."""
-    run = start(f"{SMALL} {total(6)}", fault=("gates", 3))
-    with run.at_gate(3):
-        shutil.rmtree(run.directory)
-    run.ends()
-    assert "warning: no checkpoint written" in run.stdout + run.stderr
-    assert run.checkpoints() == ["checkpoint_000006.pt"]
-
-
 def test_event_file_unwritable_later(start, uninterrupted):
     """No file may grow beyond what the event file has: a warning, training goes on without TensorBoard and ends well.
     Resumed, the run has TensorBoard again."""
