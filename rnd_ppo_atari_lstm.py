@@ -38,6 +38,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -119,8 +120,6 @@ class Args:
     # --- PPO
     learning_rate: float = 1e-4
     """learning rate of Adam [Burda, Table 5]"""
-    anneal: bool = False
-    """let the learning rate and the clip range fall linearly to 0 over --total-rollouts [off in Burda's code]"""
     gamma: float = 0.999
     """discount factor of the game's reward [Burda, section 3.3]"""
     int_gamma: float = 0.99
@@ -135,18 +134,20 @@ class Args:
     """weight of the entropy bonus [Burda, Table 5]"""
     vf_coef: float = 0.5
     """weight of the mean squared error of each of the two value heads [Burda's code]"""
+    norm_adv: bool = False
+    """normalise the advantages of each minibatch [off in Burda's code]"""
+    num_minibatches: int = 4
+    """minibatches of a pass, each a block of whole environments [Burda, Table 5]"""
+    update_epochs: int = 4
+    """passes over each rollout [Burda, Table 5]"""
     clip_coef: float = 0.1
     """clip range of the probability ratio [Burda, Table 5]"""
     clip_vloss: bool = False
     """clip the change of both value predictions by the clip range [off in Burda's code]"""
-    norm_adv: bool = False
-    """normalise the advantages of each minibatch [off in Burda's code]"""
     max_grad_norm: float = 0.0
     """clip the norm of the gradient; 0: never [off in Burda's code]"""
-    update_epochs: int = 4
-    """passes over each rollout [Burda, Table 5]"""
-    num_minibatches: int = 4
-    """minibatches of a pass, each a block of whole environments [Burda, Table 5]"""
+    anneal: bool = False
+    """let the learning rate and the clip range fall linearly to 0 over --total-rollouts [off in Burda's code]"""
     # --- RND
     obs_norm_rollouts: int = 50
     """rollouts of random actions that start the observation statistics [Burda's code: 50]"""
@@ -208,47 +209,16 @@ def check_game(args: Args) -> None:
         raise UsageError(f"--env-id: expected the id of an ALE game, got {args.env_id!r}; try {near}")
 
 
-class Emulator:
-    """One Atari game, frame by frame. Actions are indices into its minimal action set; 0 is the no-op."""
-
-    def __init__(self, env_id: str, seed: int, render_mode: str | None = None):
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        # Gymnasium makes the game and finds the ROM; frame skip, sticky actions and the time limit are Env's.
-        options: Any = dict(frameskip=1, repeat_action_probability=0.0, max_num_frames_per_episode=0)
-        gym.register_envs(ale_py)
-        env: Any = gym.make(env_id, render_mode=render_mode, **options).unwrapped
-        env.reset(seed=seed)
-        self.ale, self.actions = env.ale, env.ale.getMinimalActionSet()
-        self.num_actions, self.screen_shape = len(self.actions), self.ale.getScreenDims()
-        self.room_ram = ROOM_RAM.get(env.spec.kwargs["game"])
-
-    def reset(self) -> None:
-        """Start a game, as the cartridge does: no no-op or fire actions [Burda's code]."""
-        self.ale.reset_game()
-
-    def act(self, action: int) -> tuple[float, bool]:
-        """Run one frame: the reward, and whether the game is over. A lost life is not an end."""
-        return self.ale.act(self.actions[action]), self.ale.game_over()
-
-    def screen(self, out: np.ndarray) -> None:
-        """Write the gray screen, uint8 (H, W)."""
-        self.ale.getScreenGrayscale(out)
-
-    def rgb(self) -> np.ndarray:
-        """The screen in colour, uint8 (H, W, 3)."""
-        return self.ale.getScreenRGB()
-
-    def place(self) -> int | None:
-        """Number of the room, None in a game whose rooms are not known."""
-        return None if self.room_ram is None else int(self.ale.getRAM()[self.room_ram])
-
-    def get_state(self) -> bytes:
-        """The whole emulator, its random numbers included."""
-        return self.ale.cloneState(include_rng=True).serialize()
-
-    def set_state(self, state: bytes) -> None:
-        """Go on from what `get_state` gave."""
-        self.ale.restoreState(ale_py.ALEState(state))
+def make_game(env_id: str, seed: int, render_mode: str | None = None) -> tuple[Any, Callable[[], int | None]]:
+    """The emulator of a game, an ale_py.ALEInterface; a function: the number of the room, None if it is not known."""
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    # Gymnasium makes the game and finds the ROM; frame skip, sticky actions and the time limit are Env's.
+    options: Any = dict(frameskip=1, repeat_action_probability=0.0, max_num_frames_per_episode=0)
+    gym.register_envs(ale_py)
+    env: Any = gym.make(env_id, render_mode=render_mode, **options).unwrapped
+    env.reset(seed=seed)
+    byte = ROOM_RAM.get(env.spec.kwargs["game"])
+    return env.ale, lambda: None if byte is None else int(env.ale.getRAM()[byte])
 
 
 class Env:
@@ -262,16 +232,18 @@ class Env:
     def __init__(self, env_id, index=0, *, seed=1, sticky_action_prob=0.25, max_episode_steps=4500, render_mode=None):
         self.index, self.sticky_action_prob, self.max_episode_steps = index, sticky_action_prob, max_episode_steps
         self.rng = np.random.default_rng([seed, index])
-        self.game = Emulator(env_id, int(self.rng.integers(2**31)), render_mode)
-        self.frame_a, self.frame_b = np.zeros((2, *self.game.screen_shape), np.uint8)
+        self.game, self.place = make_game(env_id, int(self.rng.integers(2**31)), render_mode)
+        self.actions = self.game.getMinimalActionSet()  # the first is the no-op
+        self.frame_a, self.frame_b = np.zeros((2, *self.game.getScreenDims()), np.uint8)
         self.reset(np.zeros((84, 84), np.uint8))
 
     def reset(self, out: np.ndarray) -> None:
-        """Start an episode; its first frame, uint8 (84, 84), goes to `out`."""
-        self.game.reset()
+        """Start an episode; its first frame, uint8 (84, 84), goes to `out`. No no-op or fire actions [Burda's code]."""
+        self.game.reset_game()
         self.action, self.steps, self.episode_return = 0, 0, 0.0
+        self.executed = bytearray()  # the action of each frame: to watch the episode again
         self.places: dict[int, int] = {}  # steps spent in each room
-        self.game.screen(self.frame_b)
+        self.game.getScreenGrayscale(self.frame_b)
         fastops.max_pool_resize(self.frame_b, self.frame_b, out)
 
     def step(self, action: int, out: np.ndarray) -> tuple[float, bool, dict | None]:
@@ -279,31 +251,36 @@ class Env:
         reward, over = 0.0, False
         for frame, sticky in enumerate(self.rng.random(SKIP) < self.sticky_action_prob):
             self.action = self.action if sticky else action
-            frame_reward, over = self.game.act(self.action)
-            reward += frame_reward
-            if over:
+            self.executed.append(self.action)
+            reward += self.game.act(self.actions[self.action])
+            if over := self.game.game_over():  # a lost life is not an end
                 break
             if frame == SKIP - 2:
-                self.game.screen(self.frame_a)
-        self.game.screen(self.frame_b)
+                self.game.getScreenGrayscale(self.frame_a)
+        self.game.getScreenGrayscale(self.frame_b)
         fastops.max_pool_resize(self.frame_a, self.frame_b, out)
         self.steps += 1
         self.episode_return += reward
-        if (place := self.game.place()) is not None:
+        if (place := self.place()) is not None:
             self.places[place] = self.places.get(place, 0) + 1
         done = over or self.steps >= self.max_episode_steps
-        info = dict(env=self.index, episode_return=self.episode_return, length=self.steps, places=self.places)
-        return reward, done, info if done else None
+        if not done:
+            return reward, done, None
+        stats = dict(episodic_return=self.episode_return, episodic_length=self.steps, rooms=len(self.places))
+        return reward, done, dict(env=self.index, stats=stats, places=self.places, executed=bytes(self.executed))
 
     def get_state(self) -> dict[str, Any]:
         """All of the environment in plain types; any Env of the same game continues from it identically."""
         state = dict(action=self.action, steps=self.steps, episode_return=self.episode_return, places={**self.places})
-        return dict(env=self.index, game=self.game.get_state(), rng=self.rng.bit_generator.state, vars=state)
+        state |= dict(env=self.index, executed=bytes(self.executed), rng=self.rng.bit_generator.state)
+        return dict(state, game=self.game.cloneState(include_rng=True).serialize())
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self.game.set_state(state["game"])
+        """Go on from what `get_state` gave."""
+        self.game.restoreState(ale_py.ALEState(state["game"]))
+        self.action, self.steps, self.episode_return = state["action"], state["steps"], state["episode_return"]
+        self.places, self.executed = dict(state["places"]), bytearray(state["executed"])
         self.rng.bit_generator.state = state["rng"]
-        vars(self).update(state["vars"], places=dict(state["vars"]["places"]))
 
 
 def worker(conn, inherited, env_id, first_index, options, groups, shared) -> None:
@@ -315,7 +292,7 @@ def worker(conn, inherited, env_id, first_index, options, groups, shared) -> Non
     actions, frames, rewards, dones = (array.numpy() for array in shared)
     try:
         envs = {i: Env(env_id, first_index + i, **options) for group in groups for i in group}
-        conn.send([dict(env=i, num_actions=env.game.num_actions) for i, env in envs.items()])
+        conn.send([dict(env=i, num_actions=len(env.actions)) for i, env in envs.items()])
         while True:
             command, group, states = conn.recv()
             replies = []
@@ -866,7 +843,7 @@ def play_episode(agent: nn.Module, env: Env, greedy: bool = False):
     env.reset(frame)
     rollout.start(frame[None])
     while info is None:
-        gumbel = -torch.empty(1, env.game.num_actions).exponential_().log().to(rollout.frames.device) * (not greedy)
+        gumbel = -torch.empty(1, len(env.actions)).exponential_().log().to(rollout.frames.device) * (not greedy)
         action, _, value, int_value, rollout.states[1] = act(agent, rollout.inputs(1), gumbel)
         reward, _, info = env.step(int(action.item()), frame)
         rollout.frames[:-1] = rollout.frames[1:].clone()
@@ -886,8 +863,8 @@ def play(args: Args) -> dict:
     """Evaluate the checkpoint `args.play` with sticky actions and without; the report that --json writes."""
     check_args(args)
     state = load_checkpoint(args.play)
-    if args.env_id != state["args"]["env_id"]:
-        raise UsageError(f"--play: expected a checkpoint of {args.env_id}, got one of {state['args']['env_id']}")
+    if args.env_id != (trained := Args(**state["args"]).env_id):
+        raise UsageError(f"--play: expected a checkpoint of {args.env_id}, got one of {trained}")
     if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
         raise UsageError("--render: expected a display, found none; record a video with tools/watch.py instead")
     if not Path(args.json).absolute().parent.is_dir():
@@ -900,9 +877,10 @@ def play(args: Args) -> dict:
         options["render_mode"] = "human" if args.render else None
         for i in tqdm(range(args.episodes), f"sticky {sticky:g}", leave=False):
             *_, (*_, info) = play_episode(agent, Env(args.env_id, i, **options), args.greedy)
-            episode = dict(info, sticky_action_prob=sticky, seed=[args.seed, i], rooms=len(info["places"]))
+            episode = dict(info["stats"], sticky_action_prob=sticky, seed=[args.seed, i])
             report["episodes"].append(dict(episode, places=sorted(info["places"])))
-        rows = [[e["episode_return"], e["length"], e["rooms"]] for e in report["episodes"][-args.episodes :]]
+        columns = "episodic_return", "episodic_length", "rooms"
+        rows = [[e[name] for name in columns] for e in report["episodes"][-args.episodes :]]
         returns, lengths, rooms = np.array(rows).T
         error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else 0.0
         row = dict(sticky_action_prob=sticky, mean=returns.mean(), standard_error=error, std=returns.std())
@@ -1067,8 +1045,8 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
         obs_rms, int_return_rms = fastops.RunningMeanStd((84, 84)), fastops.RunningMeanStd(())
         rollout, carry = Rollout(args.num_steps, args.num_envs, agent), np.zeros(args.num_envs)
         parts = dict(agent=agent, rnd=rnd, optimizer=optimizer, obs_rms=obs_rms, int_return_rms=int_return_rms)
-        progress: dict[str, Any] = dict(iteration=0, step=0, episodes=0, best_return=-math.inf, best_mean=-math.inf)
-        progress |= dict(recent=[], visits={}, events={}, warning=None)
+        progress: dict[str, Any] = dict(iteration=0, step=0, episodes=0, record=[-math.inf, 0], best_mean=-math.inf)
+        progress |= dict(return_sum=0.0, recent=[], best={}, visits={}, events={}, warning=None)
         if is_main:
             print(f"{args.env_id} on {device} in {'bf16' if bf16 else 'fp32'}, fastops in {fastops.BACKEND}")
             print(f"{processes} x {args.num_envs} environments stepped by {processes} x {len(envs.workers)} workers")
@@ -1123,18 +1101,24 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
             metrics = update(agent, rnd, optimizer, rollout, targets, obs_rms, proportion, clip, args, loss_fn)
             clocks.append(time.perf_counter())
 
-            events = []  # tag, value, step
+            events, replays = [], dict[str, dict]()  # tag, value, step; name and content of files
             for info in infos:
-                at = progress["step"] + (info["step"] + 1) * all_envs
-                events += [("charts/episodic_return", info["episode_return"], at)]
-                events += [("charts/episodic_length", info["length"], at)]
-                progress["recent"].append([info["episode_return"], info["length"], len(info["places"])])
-                progress["best_return"] = max(progress["best_return"], info["episode_return"])
+                at, stats = progress["step"] + (info["step"] + 1) * all_envs, info["stats"]
+                events += [(f"charts/{name}", stats[name], at) for name in ("episodic_return", "episodic_length")]
+                old, new = progress["record"], [stats["episodic_return"], -stats["episodic_length"]]
+                replay = dict(stats, env_id=args.env_id, step=at, actions=[*info["executed"]])
+                replays |= dict(best_first=replay) if new[0] > old[0] else {}
+                replays |= dict(best_shortest=replay) if new > old else {}
+                progress["record"] = max(old, new)
+                progress["recent"].append(stats)
+                progress["return_sum"] += stats["episodic_return"]
+                progress["best"] = {name: max(x, progress["best"].get(name, x)) for name, x in stats.items()}
                 for place, steps in info["places"].items():
                     progress["visits"][place] = progress["visits"].get(place, 0) + steps
             progress |= dict(iteration=iteration, step=progress["step"] + all_envs * args.num_steps)
             progress |= dict(episodes=progress["episodes"] + len(infos), recent=progress["recent"][-100:])
-            returns, lengths, rooms = np.mean(progress["recent"] or [[math.nan] * 3], axis=0).tolist()
+            means = {name: float(np.mean([row[name] for row in progress["recent"]])) for name in progress["best"]}
+            returns, best_return = means.get("episodic_return", math.nan), progress["record"][0]
             scalars = {
                 "losses/explained_variance": explained_variance(rollout.values, targets["returns"]),
                 "losses/int_explained_variance": explained_variance(rollout.int_values, targets["int_returns"]),
@@ -1152,12 +1136,16 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
             warning = check_health(args, progress, scalars, envs.num_actions)
             for i, name in enumerate(("rollout", "bonus", "update"), 1):
                 scalars[f"time/{name}"] = clocks[i + 1] - clocks[i]
-            if progress["recent"]:
-                scalars |= {"charts/episodic_return_mean100": returns, "charts/episodic_length_mean100": lengths}
-                scalars |= {"charts/rooms": rooms, "charts/best_return": progress["best_return"]}
+            for name, mean in means.items():
+                scalars[f"charts/{name}" + "_mean100" * name.startswith("episodic")] = mean
+                scalars[f"charts/best_{name.removeprefix('episodic_')}"] = progress["best"][name]
+            if means:
+                scalars["charts/episodic_return_mean"] = progress["return_sum"] / progress["episodes"]
             events += [(tag, value, progress["step"]) for tag, value in scalars.items()]
             due = iteration % args.save_interval == 0 or iteration == args.total_rollouts
             try:
+                for name, replay in replays.items() if is_main else ():
+                    (run / f"{name}.json").write_text(json.dumps(replay))
                 if due and is_main and not writer and run.is_dir():
                     writer = SummaryWriter(str(run))
                 if writer:
@@ -1166,16 +1154,17 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
                     writer.flush()
                     progress["events"] = {path.name: path.stat().st_size for path in run.glob("events.out.tfevents.*")}
             except OSError as error:
-                tqdm.write(
-                    f"warning: TensorBoard events cannot be written ({error}); the next try comes with the next save"
-                )
+                tqdm.write(f"warning: events cannot be written ({error}); the next try comes with the next save")
                 writer = None
 
             bar.set_postfix_str(
-                f"{scalars['charts/SPS']:.0f} steps/s, mean {returns:.4g}, best {progress['best_return']:g}, "
+                f"{scalars['charts/SPS']:.0f} steps/s, mean {returns:.4g}, best {best_return:g}, "
                 f"rooms {len(progress['visits'])}, bonus {raw.mean():.3g}, entropy {metrics['entropy']:.3g}"
             )
             bar.update()
+            if is_main and "best_first" in replays:
+                taken = tqdm.format_interval(bar.format_dict["elapsed"])
+                tqdm.write(f"step {replays['best_first']['step']}, after {taken}: best return so far, {best_return:g}")
             if is_main and iteration % args.log_interval == 0:
                 tqdm.write(
                     f"rollout {iteration}, step {progress['step']}, episode {progress['episodes']}: {bar.postfix}"

@@ -98,7 +98,17 @@ def comparisons() -> dict[str, tuple[Sides, int]]:
     sums = rng.normal(size=(128, 128))
     scalar = {"fastops": fastops.RunningMeanStd(), "numpy twin": reference.RunningMeanStd()}
 
+    color, gray = rng.integers(0, 256, (224, 240, 3), dtype=np.uint8), np.empty((224, 240), np.uint8)
+
     return {
+        "rgb_to_gray, noise 224x240": (
+            {
+                "fastops": lambda i: fastops.rgb_to_gray(color, gray),
+                "numpy twin": lambda i: reference.rgb_to_gray(color, gray),
+                "opencv": lambda i: cv2.cvtColor(color, cv2.COLOR_RGB2GRAY, dst=gray),
+            },
+            20,
+        ),
         "max_pool_resize, Montezuma 210x160": (resizes(grays), 20),
         "max_pool_resize, noise 210x160": (resizes(noise), 20),
         "max_pool_resize, Montezuma, palette indices": (

@@ -1,6 +1,7 @@
 """The loops of RND-PPO that NumPy is slow at, in Cython, with NumPy twins where no compiler was at hand.
 
     max_pool_resize(frame_a, frame_b, out, palette=None)    two Atari frames -> one 84x84 observation
+    rgb_to_gray(rgb, out)                                   a frame in color -> gray, for emulators that give no gray
     gae(rewards, values, dones, last_value, gamma, lam)     generalised advantage estimation
     discounted_sum(rewards, carry, gamma, reverse)          discounted running sums of the rewards
     RunningMeanStd(shape=(), count=1e-4)                    running mean and variance, normalise and clip
@@ -15,9 +16,9 @@ from importlib import import_module
 from pathlib import Path
 
 from . import reference
-from .reference import RunningMeanStd, discounted_sum, gae, max_pool_resize
+from .reference import RunningMeanStd, discounted_sum, gae, max_pool_resize, rgb_to_gray
 
-__all__ = ["BACKEND", "RunningMeanStd", "discounted_sum", "gae", "max_pool_resize"]
+__all__ = ["BACKEND", "RunningMeanStd", "discounted_sum", "gae", "max_pool_resize", "rgb_to_gray"]
 
 # From the root of the repository this folder hides an installed fastops: its compiled modules are found all the same.
 __path__ = pkgutil.extend_path(__path__, __name__)
@@ -36,8 +37,9 @@ except (ImportError, OSError) as _error:
         warnings.warn(f"fastops runs on NumPy: {_error}. Please install again.", RuntimeWarning, stacklevel=2)
 else:
     BACKEND = "cython"
-    max_pool_resize, gae, discounted_sum = _frames.max_pool_resize, _returns.gae, _returns.discounted_sum
-    for _function in (max_pool_resize, gae, discounted_sum):
+    max_pool_resize, rgb_to_gray = _frames.max_pool_resize, _frames.rgb_to_gray
+    gae, discounted_sum = _returns.gae, _returns.discounted_sum
+    for _function in (max_pool_resize, rgb_to_gray, gae, discounted_sum):
         _function.__doc__ = getattr(reference, _function.__name__).__doc__
 
     class RunningMeanStd(reference.RunningMeanStd):  # type: ignore[no-redef]

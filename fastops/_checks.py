@@ -70,6 +70,15 @@ def check_frames(frame_a: Any, frame_b: Any, out: Any, palette: Any) -> None:
         check_disjoint("out", out, "palette", palette)
 
 
+def check_gray(rgb: Any, out: Any) -> None:
+    check_array("rgb", rgb, (UINT8,), 3)
+    height, width, channels = rgb.shape
+    if channels != 3 or not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise ValueError(f"rgb: expected shape (H, W, 3) with sides in [1, {MAX_SIDE}], got shape {rgb.shape}")
+    check_array("out", out, (UINT8,), (height, width), True)
+    check_disjoint("out", out, "rgb", rgb)
+
+
 def check_gae(rewards: Any, values: Any, dones: Any, last_value: Any, gamma: Any, lam: Any) -> tuple[float, float]:
     check_array("rewards", rewards, (FLOAT32,), 2)
     check_array("values", values, (FLOAT32,), rewards.shape)

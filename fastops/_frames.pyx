@@ -1,8 +1,8 @@
-"""Max-pool two frames and area-resize the result to 84x84. Documentation: fastops/reference.py."""
+"""Frames: color to gray; max-pool two and area-resize the result to 84x84. Documentation: fastops/reference.py."""
 
 from functools import lru_cache
 
-from ._checks import check_frames
+from ._checks import check_frames, check_gray
 from .reference import area_plan
 
 from libc.string cimport memcmp
@@ -111,3 +111,17 @@ def max_pool_resize(frame_a, frame_b, out, palette=None):
         lookup = &grays[0]
     with nogil:
         resize(a, b, lookup, small, plan)
+
+
+cdef cloned_void gray(const unsigned char* rgb, unsigned char* out, Py_ssize_t pixels) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(pixels):  # out = (rgb @ [9798, 19235, 3735] + 2**14) >> 15
+        out[i] = <unsigned char>((rgb[3 * i] * 9798 + rgb[3 * i + 1] * 19235 + rgb[3 * i + 2] * 3735 + 16384) >> 15)
+
+
+def rgb_to_gray(rgb, out):
+    check_gray(rgb, out)
+    cdef const unsigned char[:, :, ::1] colors = rgb
+    cdef unsigned char[:, ::1] grays = out
+    with nogil:
+        gray(&colors[0, 0, 0], &grays[0, 0], grays.shape[0] * grays.shape[1])

@@ -19,12 +19,13 @@ from ._checks import (
     check_discounted_sum,
     check_frames,
     check_gae,
+    check_gray,
     check_normalize,
     check_shape,
     check_statistics,
 )
 
-__all__ = ["RunningMeanStd", "discounted_sum", "gae", "max_pool_resize"]
+__all__ = ["RunningMeanStd", "discounted_sum", "gae", "max_pool_resize", "rgb_to_gray"]
 
 
 # --- Frames ---
@@ -77,6 +78,27 @@ def _area_sum(source: NDArray[Any], start: NDArray[np.int32], weights: NDArray[n
     for k, weight in enumerate(weights):
         total += source[:, np.minimum(start + k, source.shape[1] - 1)] * weight
     return total
+
+
+def rgb_to_gray(rgb: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """Write the luma of a frame in color into `out`.
+
+        out = round(0.299 * red + 0.587 * green + 0.114 * blue)
+
+    with weights in units of 2**-15, bit-equal to `cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)`.
+
+    Args:
+        rgb: uint8 (H, W, 3), C-contiguous, 1 <= H, W <= 4096.
+        out: uint8 (H, W), C-contiguous, written in place. It may not overlap `rgb`.
+
+    Raises:
+        TypeError: an argument is not an array or has another dtype.
+        ValueError: wrong shape, not contiguous, `out` read-only or overlapping.
+
+    Source: ITU-R BT.601, section 2.5.1, which OpenCV and ALE's own gray screen follow.
+    """
+    check_gray(rgb, out)
+    out[:] = (rgb @ np.array([9798, 19235, 3735]) + 2**14) >> 15
 
 
 def max_pool_resize(

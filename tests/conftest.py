@@ -1,6 +1,7 @@
 """What the tests of the scripts share: one thread, runs of the real script, and what they left behind."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 # Before NumPy and torch are imported, here and in every process the tests start: the tensors are small, and more
 # threads than free cores would make the tests thirty times as slow.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell starts what runs in the background with SIGINT ignored, and every process the tests start would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "rnd_ppo_atari.py"

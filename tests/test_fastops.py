@@ -24,7 +24,7 @@ from fastops import reference
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = {fastops.BACKEND: fastops, "numpy": reference}
-FUNCTIONS = ("max_pool_resize", "gae", "discounted_sum", "RunningMeanStd")
+FUNCTIONS = ("max_pool_resize", "rgb_to_gray", "gae", "discounted_sum", "RunningMeanStd")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -120,6 +120,14 @@ def test_resize_with_any_palette_is_that_of_the_mapped_frames(ops):
         b[:100] = a[:100]
         palette = rng.integers(0, 256, 256, dtype=np.uint8)
         np.testing.assert_array_equal(resized(ops, a, b, palette), opencv(palette[a], palette[b]))
+
+
+def test_gray_of_every_color_equals_opencv(ops):
+    """All 2**24 colors: a truncated weight or a dropped rounding shifts some of them by one."""
+    colors = np.stack(np.meshgrid(*[np.arange(256, dtype=np.uint8)] * 3), axis=-1).reshape(4096, 4096, 3)
+    out = np.empty((4096, 4096), np.uint8)
+    assert ops.rgb_to_gray(colors, out) is None
+    np.testing.assert_array_equal(out, cv2.cvtColor(colors, cv2.COLOR_RGB2GRAY))
 
 
 def test_resize_weights_never_reach_outside_the_source():
@@ -462,6 +470,7 @@ def good_arguments(name):
         "max_pool_resize": dict(
             frame_a=np.ones((210, 160), np.uint8), frame_b=np.ones((210, 160), np.uint8),
             out=np.ones((84, 84), np.uint8), palette=np.arange(256, dtype=np.uint8)),
+        "rgb_to_gray": dict(rgb=np.ones((5, 4, 3), np.uint8), out=np.ones((5, 4), np.uint8)),
         "gae": dict(rewards=f32(5, 4), values=f32(5, 4), dones=f32(5, 4), last_value=f32(4), gamma=0.9, lam=0.9),
         "discounted_sum": dict(rewards=f32(5, 4), carry=np.ones(4), gamma=0.9, reverse=False),
         f"{rms}.update": dict(batch=f32(7, 5, 4)),
@@ -509,7 +518,14 @@ def bad_arrays(name, good):
 
 BAD = [
     pytest.param(call, name, value, error, id=f"{call}-{name}-{what}")
-    for call in ("max_pool_resize", "gae", "discounted_sum", "RunningMeanStd.update", "RunningMeanStd.normalize")
+    for call in (
+        "max_pool_resize",
+        "rgb_to_gray",
+        "gae",
+        "discounted_sum",
+        "RunningMeanStd.update",
+        "RunningMeanStd.normalize",
+    )
     for name, good in good_arguments(call).items()
     if isinstance(good, np.ndarray)
     for what, value, error in bad_arrays(name, good)
@@ -518,7 +534,7 @@ BAD = [
     and not (call.endswith("normalize") and what == "empty" and name == "x")
     # the first array of a call sets T and N, so that another argument is named
     and not (name == "rewards" and what in ("longer", "shorter", "empty"))
-    and not (name == "frame_a" and what in ("longer", "shorter"))
+    and not (name in ("frame_a", "rgb") and what in ("longer", "shorter"))
 ]
 BAD += [
     pytest.param(call, name, value, error, id=f"{call}-{name}-{value}")
@@ -541,12 +557,15 @@ BAD += [
     pytest.param("max_pool_resize", "frame_a", np.zeros((210, 83), np.uint8), ValueError, id="narrow frame"),
     pytest.param("max_pool_resize", "frame_a", np.zeros((4097, 84), np.uint8), ValueError, id="tall frame"),
     pytest.param("max_pool_resize", "frame_a", np.zeros((0, 10**18), np.uint8), ValueError, id="absurd frame"),
+    pytest.param("rgb_to_gray", "rgb", np.zeros((5, 4, 4), np.uint8), ValueError, id="four channels"),
+    pytest.param("rgb_to_gray", "rgb", np.zeros((4097, 1, 3), np.uint8), ValueError, id="tall color frame"),
     pytest.param("max_pool_resize", "frame_b", np.zeros((160, 210), np.uint8), ValueError, id="other frame"),
 ]
 BAD += [
     pytest.param(call, name, None, TypeError, id=f"{call}-{name}-None")
     for call, names in [
         ("max_pool_resize", ["frame_a", "frame_b", "out"]),
+        ("rgb_to_gray", ["rgb", "out"]),
         ("gae", ["rewards", "values", "last_value"]),
         ("discounted_sum", ["rewards", "carry"]),
         ("RunningMeanStd.update", ["batch"]),
@@ -572,6 +591,8 @@ def overlapping():
     memory = np.zeros(210 * 160 + 84 * 84, np.uint8)
     frame, other = memory[: 210 * 160].reshape(210, 160), np.zeros((210, 160), np.uint8)
     out = memory[210 * 160 - 1 : -1].reshape(84, 84)  # shares one byte
+    rgb, gray = memory[: 50 * 50 * 3].reshape(50, 50, 3), memory[50 * 50 * 3 - 1 :][: 50 * 50].reshape(50, 50)
+    yield "rgb_to_gray", dict(rgb=rgb, out=gray), "out"
     yield "max_pool_resize", dict(frame_a=frame, frame_b=other, out=out), "out"
     yield "max_pool_resize", dict(frame_a=other, frame_b=frame, out=out), "out"
     palette = memory[210 * 160 : 210 * 160 + 256]

@@ -176,6 +176,18 @@ def test_max_pool_resize(height, width, seed, twist):
     both("max_pool_resize", make)
 
 
+@CALM
+@given(st.integers(0, 40), st.integers(0, 40), seeds, one_twist(["rgb", "out"]))
+def test_rgb_to_gray(height, width, seed, twist):
+    def make():
+        memory = np.random.default_rng(seed).integers(0, 256, 4 * height * width, dtype=np.uint8)
+        split = 3 * height * width - (seed % 10 == 0)  # sometimes a byte of overlap
+        out = memory[split : split + height * width].reshape(height, width)
+        return twist(rgb=memory[: 3 * height * width].reshape(height, width, 3), out=out)
+
+    both("rgb_to_gray", make)
+
+
 @st.composite
 def makers(draw, shape):
     """What is done to statistics of `shape`: the method, and a function that makes its arguments."""
@@ -230,7 +242,8 @@ anything = st.one_of(
 def test_anything_at_all_raises_or_computes(data):
     rms = fastops.RunningMeanStd((2,))
     functions = [
-        (fastops.max_pool_resize, 4), (fastops.gae, 6), (fastops.discounted_sum, 4), (fastops.RunningMeanStd, 2),
+        (fastops.max_pool_resize, 4), (fastops.rgb_to_gray, 2), (fastops.gae, 6),
+        (fastops.discounted_sum, 4), (fastops.RunningMeanStd, 2),
         (rms.update, 1), (rms.merge, 3), (rms.normalize, 3), (rms.load_state_dict, 1),
     ]  # fmt: skip
     if fastops.BACKEND == "cython":

@@ -24,6 +24,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -355,16 +356,16 @@ def broken_emulator(calls):
 
     def init(env, env_id, index=0, **options):
         real(env, env_id, index, **options)
-        act = env.game.act
+        game = env.game
 
         def broken(action):
             count.append(1)
             if len(count) == calls:
                 raise ValueError("the cartridge is dusty")
-            return act(action)
+            return game.act(action)
 
         if index == 3:
-            env.game.act = broken
+            env.game = mock.Mock(wraps=game, act=broken)
 
     script.Env.__init__ = init
 

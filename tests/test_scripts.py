@@ -19,7 +19,7 @@ VARIANTS = {
     )
 }
 SCRIPTS = [BASE, *VARIANTS]
-LINES = 1210
+LINES = 1200
 
 
 def source(name: str) -> str:

@@ -248,11 +248,11 @@ def test_play_writes_a_report(base_run, tmp_path):
     for row in report["summary"]:
         episodes = [e for e in report["episodes"] if e["sticky_action_prob"] == row["sticky_action_prob"]]
         assert len(episodes) == 3
-        returns = np.array([e["episode_return"] for e in episodes])
+        returns = np.array([e["episodic_return"] for e in episodes])
         assert row["mean"] == returns.mean()
         assert row["best"] == returns.max()
         assert row["median"] == np.median(returns)
-        assert row["length"] == np.mean([e["length"] for e in episodes]) == 20
+        assert row["length"] == np.mean([e["episodic_length"] for e in episodes]) == 20
         assert row["rooms"] == np.mean([e["rooms"] for e in episodes]) == 1
     assert len({tuple(e["seed"]) for e in report["episodes"][:3]}) == 3
     assert "mean" in done.stdout
@@ -270,7 +270,7 @@ def test_play_repeats_itself_and_means_what_it_says(base_run, tmp_path, capsys):
     one, other = script.play(args), script.play(args)
     assert one == other
     row = one["summary"][0]
-    returns = np.array([e["episode_return"] for e in one["episodes"][:2]])
+    returns = np.array([e["episodic_return"] for e in one["episodes"][:2]])
     assert returns.std() > 0
     assert abs(returns).min() >= 300
     assert row["mean"] == returns.mean()

@@ -4,6 +4,7 @@ Video             python tools/watch.py runs/MontezumaRevenge-v5__... --video ou
 GIF, fast         python tools/watch.py runs/.../checkpoint_000500.pt --video out.gif --speed 4 --scale 2
 Best of ten       python tools/watch.py runs/.../best.pt --video out.mp4 --episodes 10 --best
 Your own script   python tools/watch.py runs/... --video out.mp4 --script my_rnd.py
+Training's best   python tools/watch.py runs/... --video out.mp4 --replay runs/.../best_shortest.json
 Rooms visited     python tools/watch.py runs/... --rooms rooms.png
 
 The strip under the game plots the intrinsic reward: the RND predictor's error on the frame that a step led to, with the
@@ -19,6 +20,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -77,8 +79,29 @@ def load(path: str | Path, script: str | Path = "") -> tuple:
         raise UsageError(f"{script}: expected a script of this project that can be imported, got: {error}") from error
 
 
-def play(script, state, index=0, *, stride=1, seed=1, sticky=None, max_steps=None, greedy=False):
-    """Play episode `index`, the same one each time. Yields Steps, with an image for every `stride` frames (0: none)."""
+class Watched:
+    """An emulator of which somebody sees every frame: `see(game)` is called behind each.
+
+    It executes `replay`, the actions of a recorded episode, instead of those it is told, as far as they go.
+    """
+
+    def __init__(self, game, actions, see, replay=()):
+        self.game, self.see, self.replay = game, see, (actions[i] for i in replay)
+
+    def __getattr__(self, name):
+        return getattr(self.game, name)
+
+    def act(self, action):
+        reward = self.game.act(next(self.replay, action))
+        self.see(self.game)
+        return reward
+
+
+def play(script, state, index=0, *, stride=1, seed=1, sticky=None, max_steps=None, greedy=False, replay=()):
+    """Play episode `index`, the same one each time, or the actions of `replay`.
+
+    Yields Steps, with an image for every `stride` frames (0: none).
+    """
     args, agent, rnd = state["args"], script.load_agent(state), script.RNDModel()
     obs_rms, int_return_rms = script.fastops.RunningMeanStd((84, 84)), script.fastops.RunningMeanStd(())
     for name, part in dict(rnd=rnd, obs_rms=obs_rms, int_return_rms=int_return_rms).items():
@@ -86,27 +109,22 @@ def play(script, state, index=0, *, stride=1, seed=1, sticky=None, max_steps=Non
     torch.manual_seed(seed * 1_000_003 + index)
     options = dict(seed=seed, max_episode_steps=max_steps or args["max_episode_steps"])
     options["sticky_action_prob"] = args["sticky_action_prob"] if sticky is None else sticky
-    env = script.Env(args["env_id"], index, **options)
-    game, act = env.game, env.game.act
+    env = script.Env(script.Args(**args).env_id, index, **options)
     images, frames, before, score = [], 0, np.uint8(0), 0.0
 
-    def act_and_look(action):
+    def see(game):
         nonlocal frames, before
-        result, image = act(action), game.rgb() if stride else None
+        image = game.getScreenRGB() if stride else None
         if stride and frames % stride == 0:  # of the last two, because some games draw an object in every other frame
             images.append(np.maximum(before, image) if stride > 1 else image)
         frames, before = frames + 1, image
-        return result
 
-    game.act = act_and_look
-    try:
-        for _, reward, value, int_value, frame, _ in script.play_episode(agent, env, greedy):
-            raw = script.intrinsic_reward(rnd, torch.from_numpy(frame)[None, None], obs_rms).item()
-            scaled, score = raw / math.sqrt(int_return_rms.var), score + reward
-            yield Step(images[:], frames, game.place(), score, reward, value, int_value, raw, scaled)
-            images.clear()
-    finally:
-        del game.act
+    env.game = Watched(env.game, env.actions, see, replay)
+    for _, reward, value, int_value, frame, _ in script.play_episode(agent, env, greedy):
+        raw = script.intrinsic_reward(rnd, torch.from_numpy(frame)[None, None], obs_rms).item()
+        scaled, score = raw / math.sqrt(int_return_rms.var), score + reward
+        yield Step(images[:], frames, env.place(), score, reward, value, int_value, raw, scaled)
+        images.clear()
 
 
 def clock(frames: int) -> str:
@@ -236,6 +254,18 @@ def record(path: Path, steps, fps: float, scale: int = 3, pyramid: bool = False)
     return step
 
 
+def read_replay(path: str, env_id: str) -> dict:
+    """An episode that training recorded in a run's best_first.json or best_shortest.json."""
+    try:
+        replay = json.loads(Path(path).read_text())
+        game, _ = Path(replay["env_id"]).name, replay["actions"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"--replay: expected best_first.json or best_shortest.json of a run, got {error!r}") from error
+    if game != Path(env_id).name:
+        raise UsageError(f"--replay: expected an episode of {env_id}, as the checkpoint, got one of {game}")
+    return replay
+
+
 def run(args: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     for name, *suffixes in (("video", ".mp4", ".gif"), ("rooms", ".png")):
@@ -257,6 +287,9 @@ def run(args: argparse.Namespace) -> None:
     path, episodes = Path(args.video), range(args.episodes if args.video else 0)
     stride = math.ceil(FPS * args.speed / (20 if path.suffix.lower() == ".gif" else FPS) - 1e-9)
     options = dict(seed=args.seed, sticky=args.sticky, max_steps=args.max_steps, greedy=args.greedy)
+    if args.replay:
+        recorded = read_replay(args.replay, script.Args(**state["args"]).env_id)
+        episodes, options = range(1), dict(replay=recorded["actions"], max_steps=10**5)
     if args.best and episodes:
         returns = [list(play(script, state, i, stride=0, **options))[-1].score for i in tqdm(episodes, disable=None)]
         print("returns:", *(f"{value:g}" for value in returns))
@@ -265,6 +298,9 @@ def run(args: argparse.Namespace) -> None:
         out = path.with_stem(f"{path.stem}-{i + 1}") if len(episodes) > 1 else path
         steps = play(script, state, i, stride=stride, **options)
         last = record(out, steps, FPS * args.speed / stride, args.scale, "MontezumaRevenge" in state["args"]["env_id"])
+        if args.replay and last.score != recorded["episodic_return"]:
+            print(f"warning: the replay reached {last.score:g}, not {recorded['episodic_return']:g} as in training: in")
+            print("  some games (Seaquest is one) the beginning differs from episode to episode")
         print(f"{out}: episode {i + 1}, return {last.score:g}, {last.frames} frames, {clock(last.frames)} of play")
 
 
@@ -276,6 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--rooms", default="", metavar="FILE", help=".png with the map of the visited rooms (Montezuma's Revenge)")
     add("--script", default="", help="script that made the checkpoint (default: the one it names, beside tools/)")
     add("--episodes", type=int, default=1, help="episodes to record (default: 1)")
+    add("--replay", default="", metavar="FILE", help="record this best_first.json or best_shortest.json of a run")
     add("--best", action="store_true", help="play all --episodes first, then record the one with the highest return")
     add("--speed", type=float, default=1, help="1: real time, 4: four times as fast, with fewer images (default: 1)")
     add("--greedy", action="store_true", help="play the most probable action instead of sampling")
