@@ -265,14 +265,14 @@ class Env:
     def get_state(self) -> dict[str, Any]:
         """All of the environment in plain types; any Env of the same game continues from it identically."""
         state = dict(action=self.action, steps=self.steps, episode_return=self.episode_return, places={**self.places})
-        state |= dict(env=self.index, executed=bytes(self.executed), rng=self.rng.bit_generator.state)
+        state |= dict(env=self.index, executed=self.executed.decode("ascii"), rng=self.rng.bit_generator.state)
         return dict(state, game=self.game.cloneState(include_rng=True).serialize())
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from what `get_state` gave."""
         self.game.restoreState(ale_py.ALEState(state["game"]))
         self.action, self.steps, self.episode_return = state["action"], state["steps"], state["episode_return"]
-        self.places, self.executed = dict(state["places"]), bytearray(state["executed"])
+        self.places, self.executed = dict(state["places"]), bytearray(state["executed"], "ascii")
         self.rng.bit_generator.state = state["rng"]
 
 
