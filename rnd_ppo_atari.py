@@ -38,7 +38,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import ale_py
+import ale_py  # registers its games with Gymnasium
 import filelock
 import gymnasium as gym
 import numpy as np
@@ -190,28 +190,25 @@ def check_args(args: Args) -> None:
 # === 2. Environments ==================================================================================================
 
 SKIP = 4  # frames that an action lasts [Burda, Table 2]
-ROOM_RAM = {"montezuma_revenge": 3, "pitfall": 1}  # RAM byte that holds the number of the room
 
 
 def check_game(args: Args) -> None:
     """Raise UsageError if --env-id is not an ALE game that Gymnasium knows."""
-    gym.register_envs(ale_py)
     games = [name for name, spec in gym.registry.items() if "AtariEnv" in str(spec.entry_point)]
     if args.env_id not in games:
         near = ", ".join(difflib.get_close_matches(args.env_id, games, n=3, cutoff=0.5)) or "ALE/MontezumaRevenge-v5"
         raise UsageError(f"--env-id: expected the id of an ALE game, got {args.env_id!r}; try {near}")
 
 
-def make_game(env_id: str, seed: int, render_mode: str | None = None) -> tuple[Any, Callable[[], int | None]]:
-    """The emulator of a game, an ale_py.ALEInterface; a function: the number of the room, None if it is not known."""
+def make_game(env_id: str, seed: int, render_mode: str | None = None) -> tuple[Any, Callable]:
+    """An emulator, ale_py.ALEInterface; a function: number of the room, None if unknown, and what else is to log."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     # Gymnasium makes the game and finds the ROM; frame skip, sticky actions and the time limit are Env's.
     options: Any = dict(frameskip=1, repeat_action_probability=0.0, max_num_frames_per_episode=0)
-    gym.register_envs(ale_py)
     env: Any = gym.make(env_id, render_mode=render_mode, **options).unwrapped
     env.reset(seed=seed)
-    byte = ROOM_RAM.get(env.spec.kwargs["game"])
-    return env.ale, lambda: None if byte is None else int(env.ale.getRAM()[byte])
+    room = {"montezuma_revenge": 3, "pitfall": 1}.get(env.spec.kwargs["game"])  # RAM byte that holds its number
+    return env.ale, lambda: (None if room is None else int(env.ale.getRAM()[room]), {})
 
 
 class Env:
@@ -225,9 +222,9 @@ class Env:
     def __init__(self, env_id, index=0, *, seed=1, sticky_action_prob=0.25, max_episode_steps=4500, render_mode=None):
         self.index, self.sticky_action_prob, self.max_episode_steps = index, sticky_action_prob, max_episode_steps
         self.rng = np.random.default_rng([seed, index])
-        self.game, self.place = make_game(env_id, int(self.rng.integers(2**31)), render_mode)
+        self.game, self.look = make_game(env_id, int(self.rng.integers(2**31)), render_mode)
         self.actions = self.game.getMinimalActionSet()  # the first is the no-op
-        self.frame_a, self.frame_b = np.zeros((2, *self.game.getScreenDims()), np.uint8)
+        self.frame_a, self.frame_b = np.zeros((2, *self.game.getScreenRGB().shape[:2]), np.uint8)
         self.reset(np.zeros((84, 84), np.uint8))
 
     def reset(self, out: np.ndarray) -> None:
@@ -254,12 +251,13 @@ class Env:
         fastops.max_pool_resize(self.frame_a, self.frame_b, out)
         self.steps += 1
         self.episode_return += reward
-        if (place := self.place()) is not None:
+        place, stats = self.look()
+        if place is not None:
             self.places[place] = self.places.get(place, 0) + 1
         done = over or self.steps >= self.max_episode_steps
         if not done:
             return reward, done, None
-        stats = dict(episodic_return=self.episode_return, episodic_length=self.steps, rooms=len(self.places))
+        stats |= dict(episodic_return=self.episode_return, episodic_length=self.steps, rooms=len(self.places))
         return reward, done, dict(env=self.index, stats=stats, places=self.places, executed=bytes(self.executed))
 
     def get_state(self) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_numbers_are_the_agents(loaded):
             x = torch.from_numpy(((frame - mean) / np.sqrt(var)).clip(-5, 5).astype(np.float32))[None, None]
             bonus = ((rnd.predictor(x) - rnd.target(x)) ** 2).mean().item()
         score += reward
-        assert (step.score, step.reward, step.place) == (score, reward, env.place())
+        assert (step.score, step.reward, step.place) == (score, reward, env.look()[0])
         expected = pytest.approx((value.item(), int_value.item(), bonus, bonus / std), rel=1e-4, abs=1e-6)
         assert (step.value, step.int_value, step.int_reward, step.scaled_int_reward) == expected
         assert np.array_equal(step.images[-1], env.game.getScreenRGB())

@@ -123,7 +123,7 @@ def play(script, state, index=0, *, stride=1, seed=1, sticky=None, max_steps=Non
     for _, reward, value, int_value, frame, _ in script.play_episode(agent, env, greedy):
         raw = script.intrinsic_reward(rnd, torch.from_numpy(frame)[None, None], obs_rms).item()
         scaled, score = raw / math.sqrt(int_return_rms.var), score + reward
-        yield Step(images[:], frames, env.place(), score, reward, value, int_value, raw, scaled)
+        yield Step(images[:], frames, env.look()[0], score, reward, value, int_value, raw, scaled)
         images.clear()
 
 
