@@ -125,6 +125,8 @@ def play(script, state, index=0, *, stride=1, seed=1, sticky=None, max_steps=Non
         scaled, score = raw / math.sqrt(int_return_rms.var), score + reward
         yield Step(images[:], frames, env.look()[0], score, reward, value, int_value, raw, scaled)
         images.clear()
+        if 0 < len(replay) <= frames:  # it may have ended with a step limit
+            break
 
 
 def clock(frames: int) -> str:
@@ -132,7 +134,7 @@ def clock(frames: int) -> str:
 
 
 def cells(step: Step, place: str = "room") -> dict[str, str]:
-    """The numbers of the strip: what each is called, and how it is written."""
+    """The numbers of the strip: what each is called, and how it is written. `place`: room, or column of the stage."""
     named = {"time": clock(step.frames), "score": f"{step.score:g}", place: str(step.place)}
     named |= {"value, game": f"{step.value:#.3g}", "value, intrinsic": f"{step.int_value:#.3g}"}
     named |= {"intrinsic reward": f"{step.int_reward:#.3g}", "/ its std": f"{step.scaled_int_reward:#.3g}"}
@@ -159,7 +161,7 @@ class Strip:
         self.span *= 1 + (t >= self.span)
         image = Image.new("RGB", (self.width, self.height), PAPER)
         pen, small, large = ImageDraw.Draw(image), font(max(10, round(13 * u))), font(round(23 * u))
-        numbers = cells(step, "room" if self.pyramid else "place")
+        numbers = cells(step, "room" if self.pyramid else "column")
         for i, (name, value) in enumerate(numbers.items()):
             x = 12 * u + i * (self.width - 12 * u) / len(numbers)
             pen.text((x, 7 * u), name, GRAY, small)
@@ -206,7 +208,7 @@ def room_colors(visits: dict[int, int]) -> dict[int, tuple[int, ...]]:
 
 def draw_rooms(state: dict) -> Image.Image:
     """The map of Montezuma's Revenge with the steps that the training of a checkpoint has spent in each room."""
-    if "MontezumaRevenge" not in (game := str(state["args"].get("env_id"))):
+    if "MontezumaRevenge" not in (game := str(state["args"].get("env_id", state["script"]))):
         raise UsageError(f"--rooms: expected MontezumaRevenge, the game whose map is known, got {game}; use --video")
     visits, episodes = state["progress"]["visits"], state["progress"]["episodes"]
     visits = {room: n for room, n in visits.items() if n > 0 and room in sum(PYRAMID, ())}
@@ -254,15 +256,15 @@ def record(path: Path, steps, fps: float, scale: int = 3, pyramid: bool = False)
     return step
 
 
-def read_replay(path: str, env_id: str) -> dict:
+def read_replay(path: str, game: str) -> dict:
     """An episode that training recorded in a run's best_first.json or best_shortest.json."""
     try:
         replay = json.loads(Path(path).read_text())
-        game, _ = Path(replay["env_id"]).name, replay["actions"]
+        recorded, _ = Path(replay["env_id"]).name, replay["actions"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--replay: expected best_first.json or best_shortest.json of a run, got {error!r}") from error
-    if game != Path(env_id).name:
-        raise UsageError(f"--replay: expected an episode of {env_id}, as the checkpoint, got one of {game}")
+    if recorded != game:
+        raise UsageError(f"--replay: expected an episode of {game}, as the checkpoint, got one of {recorded}")
     return replay
 
 
@@ -281,6 +283,7 @@ def run(args: argparse.Namespace) -> None:
     if not (args.video or args.rooms):
         raise UsageError("expected --video FILE or --rooms FILE, got neither")
     checkpoint, script, state = load(args.checkpoint, args.script)
+    game = Path(script.Args(**state["args"]).env_id).name
     print(f"{checkpoint}: step {state['progress']['step']:,}")
     if args.rooms:
         draw_rooms(state).save(args.rooms)
@@ -288,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
     stride = math.ceil(FPS * args.speed / (20 if path.suffix.lower() == ".gif" else FPS) - 1e-9)
     options = dict(seed=args.seed, sticky=args.sticky, max_steps=args.max_steps, greedy=args.greedy)
     if args.replay:
-        recorded = read_replay(args.replay, script.Args(**state["args"]).env_id)
+        recorded = read_replay(args.replay, game)
         episodes, options = range(1), dict(replay=recorded["actions"], max_steps=10**5)
     if args.best and episodes:
         returns = [list(play(script, state, i, stride=0, **options))[-1].score for i in tqdm(episodes, disable=None)]
@@ -297,7 +300,7 @@ def run(args: argparse.Namespace) -> None:
     for i in episodes:
         out = path.with_stem(f"{path.stem}-{i + 1}") if len(episodes) > 1 else path
         steps = play(script, state, i, stride=stride, **options)
-        last = record(out, steps, FPS * args.speed / stride, args.scale, "MontezumaRevenge" in state["args"]["env_id"])
+        last = record(out, steps, FPS * args.speed / stride, args.scale, "MontezumaRevenge" in game)
         if args.replay and last.score != recorded["episodic_return"]:
             print(f"warning: the replay reached {last.score:g}, not {recorded['episodic_return']:g} as in training: in")
             print("  some games (Seaquest is one) the beginning differs from episode to episode")
