@@ -207,15 +207,17 @@ def check_game(args: Args) -> None:
         raise UsageError(f"--env-id: expected the id of an ALE game, got {args.env_id!r}; try {near}")
 
 
-def make_game(env_id: str, seed: int, render_mode: str | None = None) -> tuple[Any, Callable]:
-    """An emulator, ale_py.ALEInterface; a function: number of the room, None if unknown, and what else is to log."""
+def make_game(env_id: str, seed: int, render_mode: str | None = None) -> tuple[Any, Any, Callable]:
+    """An emulator, ale_py.ALEInterface; gray of each color or None; a function: number of the room and more to log."""
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     # Gymnasium makes the game and finds the ROM; frame skip, sticky actions and the time limit are Env's.
     options: Any = dict(frameskip=1, repeat_action_probability=0.0, max_num_frames_per_episode=0)
     env: Any = gym.make(env_id, render_mode=render_mode, **options).unwrapped
     env.reset(seed=seed)
     room = {"montezuma_revenge": 3, "pitfall": 1}.get(env.spec.kwargs["game"])  # RAM byte that holds its number
-    return env.ale, lambda: (None if room is None else int(env.ale.getRAM()[room]), {})
+    # ALE's games of this height are NTSC. Looking their colors up is faster than ALE's gray screen.
+    palette = fastops.ATARI_GRAYS if env.ale.getScreenDims()[0] == 210 else None
+    return env.ale, palette, lambda: (None if room is None else int(env.ale.getRAM()[room]), {})
 
 
 class Env:
@@ -229,7 +231,8 @@ class Env:
     def __init__(self, env_id, index=0, *, seed=1, sticky_action_prob=0.25, max_episode_steps=4500, render_mode=None):
         self.index, self.sticky_action_prob, self.max_episode_steps = index, sticky_action_prob, max_episode_steps
         self.rng = np.random.default_rng([seed, index])
-        self.game, self.look = make_game(env_id, int(self.rng.integers(2**31)), render_mode)
+        self.game, self.palette, self.look = make_game(env_id, int(self.rng.integers(2**31)), render_mode)
+        self.screen = self.game.getScreenGrayscale if self.palette is None else self.game.getScreen
         self.actions = self.game.getMinimalActionSet()  # the first is the no-op
         self.frame_a, self.frame_b = np.zeros((2, *self.game.getScreenRGB().shape[:2]), np.uint8)
         self.reset(np.zeros((84, 84), np.uint8))
@@ -240,8 +243,8 @@ class Env:
         self.action, self.steps, self.episode_return = 0, 0, 0.0
         self.executed = bytearray()  # the action of each frame: to watch the episode again
         self.places: dict[int, int] = {}  # steps spent in each room
-        self.game.getScreenGrayscale(self.frame_b)
-        fastops.max_pool_resize(self.frame_b, self.frame_b, out)
+        self.screen(self.frame_b)
+        fastops.max_pool_resize(self.frame_b, self.frame_b, out, self.palette)
 
     def step(self, action: int, out: np.ndarray) -> tuple[float, bool, dict | None]:
         """Play one step; the newest frame goes to `out`. Unclipped reward, done, statistics of an ended episode."""
@@ -253,9 +256,9 @@ class Env:
             if over := self.game.game_over():  # a lost life is not an end
                 break
             if frame == SKIP - 2:
-                self.game.getScreenGrayscale(self.frame_a)
-        self.game.getScreenGrayscale(self.frame_b)
-        fastops.max_pool_resize(self.frame_a, self.frame_b, out)
+                self.screen(self.frame_a)
+        self.screen(self.frame_b)
+        fastops.max_pool_resize(self.frame_a, self.frame_b, out, self.palette)
         self.steps += 1
         self.episode_return += reward
         place, stats = self.look()

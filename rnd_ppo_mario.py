@@ -110,8 +110,7 @@ class Args:
     """environments of each process [PPO-RND]"""
 
     @property
-    def env_id(self) -> str:
-        """File of the cartridge and, as if it lay inside, stage and action set."""
+    def env_id(self) -> str:  # file of the cartridge and, as if it lay inside, stage and action set
         package = importlib.util.find_spec("gym_super_mario_bros")  # found, not imported: that would need the old gym
         rom = self.rom or (package and Path(package.origin or "").with_name("_roms") / "super-mario-bros.nes")
         return f"{rom}/SuperMarioBros-{self.stage}-{self.action_set}"
@@ -223,8 +222,7 @@ def check_game(args: Args) -> None:
 
 ROM_SHA256 = "ec299b990e8bfee8ba46e3f61d63b2e1ae5b8a2e431de84e2e4bbd692dc53586"  # PAL, run with NTSC timing
 BUTTONS = "B_-SUDLRA"  # in stable-retro's order; - is Select, S is Start
-ACTIONS = ["", "R", "RA", "RB", "RAB", "A", "L", "LA", "LB", "LAB", "D", "U"]
-ACTION_SETS = dict(right=5, simple=7, complex=12)  # so many of them; as in gym-super-mario-bros
+ACTIONS = ["", "R", "RA", "RB", "RAB", "A", "L", "LA", "LB", "LAB", "D", "U"]  # in gym-super-mario-bros's order
 
 
 class NES:
@@ -234,8 +232,8 @@ class NES:
     machine = inside = power_on = None  # the emulator, the NES whose state it has, its state before the first frame
 
     def __init__(self, env_id, render_mode):
-        rom, (_, world, stage, actions) = Path(env_id).parent, Path(env_id).name.split("-")
-        self.getMinimalActionSet = lambda: ACTIONS[: ACTION_SETS[actions]]
+        rom, (_, world, stage, actions) = Path(env_id).parent, Path(env_id).name.split("-")  # see Args.env_id
+        self.getMinimalActionSet = lambda: ACTIONS[: dict(right=5, simple=7, complex=12)[actions]]
         self.window = render_mode and importlib.import_module("stable_retro.rendering").SimpleImageViewer()
         if NES.machine is None:
             NES.machine = importlib.import_module("stable_retro").RetroEmulator(str(rom))
@@ -257,7 +255,7 @@ class NES:
 
     def reset_game(self):
         self.set_state(self.beginning[0])
-        self.picture = self.beginning[1]
+        self.picture = self.beginning[1]  # a state has none
 
     def act(self, buttons):
         if NES.inside is not self:
@@ -269,14 +267,14 @@ class NES:
         self.read()
         if self.window:
             self.window.imshow(self.getScreenRGB())
-        return float(self.flag)
+        return float(self.flag)  # the only reward
 
     def read(self):
         self.ram = ram = np.frombuffer(self.state, np.uint8, 2048, self.state.index(b"RAM\0\0\x08\0\0") + 8)
         self.x, self.clock_left = int(ram[0x6D]) * 256 + int(ram[0x86]), int("".join(map(str, ram[0x7F8:0x7FB])))
-        self.furthest_x = max(self.furthest_x, self.x)
+        self.furthest_x = max(self.furthest_x, self.x)  # not in the RAM: kept in the first two bytes of a state
         self.flag = ram[0x770] == 2 or (ram[0x1D] == 3 and not {0x2D, 0x31}.isdisjoint(ram[0x16:0x1B].tolist()))
-        self.dead = ram[0x0E] in (0x06, 0x0B) or ram[0xB5] > 1
+        self.dead = ram[0x0E] in (0x06, 0x0B) or ram[0xB5] > 1  # dead, dying, or below the screen
 
     def game_over(self):
         return self.dead or self.flag
@@ -295,10 +293,10 @@ class NES:
         self.read()
 
 
-def make_game(env_id: str, seed: int, render_mode: str | None = None) -> tuple[Any, Callable]:
-    """An emulator, ale_py.ALEInterface; a function: number of the room, None if unknown, and what else is to log."""
+def make_game(env_id: str, seed: int, render_mode: str | None = None) -> tuple[Any, Any, Callable]:
+    """An emulator, ale_py.ALEInterface; gray of each color or None; a function: number of the room and more to log."""
     nes = NES(env_id, render_mode)
-    return nes, lambda: (nes.x // 16, dict(furthest_x=nes.furthest_x, clock_left=nes.clock_left))
+    return nes, None, lambda: (nes.x // 16, dict(furthest_x=nes.furthest_x, clock_left=nes.clock_left))
 
 
 class Env:
@@ -312,7 +310,8 @@ class Env:
     def __init__(self, env_id, index=0, *, seed=1, sticky_action_prob=0.25, max_episode_steps=4500, render_mode=None):
         self.index, self.sticky_action_prob, self.max_episode_steps = index, sticky_action_prob, max_episode_steps
         self.rng = np.random.default_rng([seed, index])
-        self.game, self.look = make_game(env_id, int(self.rng.integers(2**31)), render_mode)
+        self.game, self.palette, self.look = make_game(env_id, int(self.rng.integers(2**31)), render_mode)
+        self.screen = self.game.getScreenGrayscale if self.palette is None else self.game.getScreen
         self.actions = self.game.getMinimalActionSet()  # the first is the no-op
         self.frame_a, self.frame_b = np.zeros((2, *self.game.getScreenRGB().shape[:2]), np.uint8)
         self.reset(np.zeros((84, 84), np.uint8))
@@ -323,8 +322,8 @@ class Env:
         self.action, self.steps, self.episode_return = 0, 0, 0.0
         self.executed = bytearray()  # the action of each frame: to watch the episode again
         self.places: dict[int, int] = {}  # steps spent in each room
-        self.game.getScreenGrayscale(self.frame_b)
-        fastops.max_pool_resize(self.frame_b, self.frame_b, out)
+        self.screen(self.frame_b)
+        fastops.max_pool_resize(self.frame_b, self.frame_b, out, self.palette)
 
     def step(self, action: int, out: np.ndarray) -> tuple[float, bool, dict | None]:
         """Play one step; the newest frame goes to `out`. Unclipped reward, done, statistics of an ended episode."""
@@ -336,9 +335,9 @@ class Env:
             if over := self.game.game_over():  # a lost life is not an end
                 break
             if frame == SKIP - 2:
-                self.game.getScreenGrayscale(self.frame_a)
-        self.game.getScreenGrayscale(self.frame_b)
-        fastops.max_pool_resize(self.frame_a, self.frame_b, out)
+                self.screen(self.frame_a)
+        self.screen(self.frame_b)
+        fastops.max_pool_resize(self.frame_a, self.frame_b, out, self.palette)
         self.steps += 1
         self.episode_return += reward
         place, stats = self.look()

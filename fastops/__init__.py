@@ -6,7 +6,8 @@
     discounted_sum(rewards, carry, gamma, reverse)          discounted running sums of the rewards
     RunningMeanStd(shape=(), count=1e-4)                    running mean and variance, normalise and clip
 
-Arrays over time are (T, N): T steps of N environments. `BACKEND` is "cython" or "numpy"; both give the same bits.
+`ATARI_GRAYS` is the palette of ALE's screens. Arrays over time are (T, N): T steps of N environments. `BACKEND` is
+"cython" or "numpy"; both give the same bits.
 """
 
 import pkgutil
@@ -16,9 +17,9 @@ from importlib import import_module
 from pathlib import Path
 
 from . import reference
-from .reference import RunningMeanStd, discounted_sum, gae, max_pool_resize, rgb_to_gray
+from .reference import ATARI_GRAYS, RunningMeanStd, discounted_sum, gae, max_pool_resize, rgb_to_gray
 
-__all__ = ["BACKEND", "RunningMeanStd", "discounted_sum", "gae", "max_pool_resize", "rgb_to_gray"]
+__all__ = ["ATARI_GRAYS", "BACKEND", "RunningMeanStd", "discounted_sum", "gae", "max_pool_resize", "rgb_to_gray"]
 
 # From the root of the repository this folder hides an installed fastops: its compiled modules are found all the same.
 __path__ = pkgutil.extend_path(__path__, __name__)

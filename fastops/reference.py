@@ -25,7 +25,7 @@ from ._checks import (
     check_statistics,
 )
 
-__all__ = ["RunningMeanStd", "discounted_sum", "gae", "max_pool_resize", "rgb_to_gray"]
+__all__ = ["ATARI_GRAYS", "RunningMeanStd", "discounted_sum", "gae", "max_pool_resize", "rgb_to_gray"]
 
 
 # --- Frames ---
@@ -78,6 +78,20 @@ def _area_sum(source: NDArray[Any], start: NDArray[np.int32], weights: NDArray[n
     for k, weight in enumerate(weights):
         total += source[:, np.minimum(start + k, source.shape[1] - 1)] * weight
     return total
+
+
+# Gray of each color of an NTSC Atari 2600, uint8 (256,): `ATARI_GRAYS[ale.getScreen()]` is ALE's `getScreenGrayscale`.
+# The lowest bit of a color has no meaning. Read off ALE 0.12's own screens.
+ATARI_GRAYS = np.frombuffer(
+    bytes.fromhex(
+        "004a6f8eaac0d6ec405f7a94acc1d6e93f576e8396a7b8c73b556b8194a7b7c7"
+        "2c445a6e8092a1b0334a5f738495a4b2273f556b7d8f9fae16314960748899a9"
+        "1129405568798999203c556d8296a8ba28455f788da2b6c82b4a657f97adc1d4"
+        "2847627c93a9bdcf294a68849db5cbdf2f4f6b859db3c8dc2f4f6b859db3c8dc"
+    ),
+    np.uint8,
+).repeat(2)
+ATARI_GRAYS.flags.writeable = False
 
 
 def rgb_to_gray(rgb: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT
 from gymnasium.wrappers import AtariPreprocessing
 
-from rnd_ppo_atari import Env, Rollout, VectorEnv, collect
+from rnd_ppo_atari import Env, Rollout, VectorEnv, collect, make_game
 
 MONTEZUMA, INVADERS, BREAKOUT = "ALE/MontezumaRevenge-v5", "ALE/SpaceInvaders-v5", "ALE/Breakout-v5"
 
@@ -80,6 +80,26 @@ def test_frames_and_rewards_are_those_of_gymnasiums_preprocessing(game):
     assert len(seen) > 50
     assert scores > 0 or game == "MontezumaRevenge"
     assert ends > 0 or game != "Breakout"
+
+
+@pytest.mark.slow
+def test_gray_of_every_color_of_every_game():
+    """Where Env looks grays up, they are those of ALE's own gray screen; where the screen has another height, it does
+    not. Pacman's has."""
+    games = {spec.kwargs["game"]: name for name, spec in gym.registry.items() if "AtariEnv" in str(spec.entry_point)}
+    with_palette = 0
+    for env_id in games.values():
+        game, palette, _ = make_game(env_id, 0)
+        if palette is None:
+            continue
+        with_palette += 1
+        rng, actions = np.random.default_rng(0), game.getMinimalActionSet()
+        for t in range(60):
+            game.act(actions[rng.integers(len(actions))])
+            if t % 10 == 0:
+                np.testing.assert_array_equal(palette[game.getScreen()], game.getScreenGrayscale())
+    assert len(games) > 100 and with_palette > 80
+    assert make_game("ALE/Pacman-v5", 0)[1] is None
 
 
 def test_a_lost_life_is_not_an_end():

@@ -30,7 +30,7 @@ def blank():
 
 
 def console(game=GAME):
-    nes, _ = script.make_game(game, 0)
+    nes, *_ = script.make_game(game, 0)
     nes.reset_game()
     return nes
 
