@@ -210,7 +210,7 @@ SKIP = 4  # frames that an action lasts [Burda, Table 2]
 def check_game(args: Args) -> None:
     """Raise UsageError if --env-id is not an ALE game that Gymnasium knows."""
     if importlib.util.find_spec("stable_retro") is None:
-        raise UsageError("expected the package stable-retro, found none: pip install '.[mario]' (Python 3.11 to 3.13)")
+        raise UsageError("expected the package stable-retro, found none: pip install -e '.[mario]'")
     if args.stage not in (stages := [f"{world}-{stage}" for world in range(1, 9) for stage in range(1, 5)]):
         near = ", ".join(difflib.get_close_matches(args.stage, stages, n=3, cutoff=0.5)) or "1-1"
         raise UsageError(f"--stage: expected a stage from 1-1 to 8-4, got {args.stage!r}; try {near}")
