@@ -1146,13 +1146,15 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
         # clocks: end of the last rollout, then begin, collected, rewarded, updated
         bar = tqdm(total=args.total_rollouts, initial=progress["iteration"], unit="rollout", disable=not is_main)
         cleanup.callback(bar.close)
-        clocks = [time.perf_counter()]
+        clocks, threads = [time.perf_counter()], torch.get_num_threads()
         for iteration in range(progress["iteration"] + 1, args.total_rollouts + 1):
             left = 1 - (iteration - 1) / args.total_rollouts if args.anneal else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             clocks = [clocks[-1], time.perf_counter()]
 
+            torch.set_num_threads(max(1, threads // 2))  # on the CPU the workers need the cores as well
             infos = [info for infos in gather(collect(agent, envs, rollout, policy)) for info in infos]
+            torch.set_num_threads(threads)
             clocks.append(time.perf_counter())
 
             raw = intrinsic_reward(rnd, rollout.frames[4:], obs_rms)  # with the statistics from before this rollout
