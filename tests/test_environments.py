@@ -82,13 +82,12 @@ def test_frames_and_rewards_are_those_of_gymnasiums_preprocessing(game):
     assert ends > 0 or game != "Breakout"
 
 
-@pytest.mark.slow
-def test_gray_of_every_color_of_every_game():
+def test_gray_of_every_color_of_many_games():
     """Where Env looks grays up, they are those of ALE's own gray screen; where the screen has another height, it does
     not. Pacman's has."""
     games = {spec.kwargs["game"]: name for name, spec in gym.registry.items() if "AtariEnv" in str(spec.entry_point)}
     with_palette = 0
-    for env_id in games.values():
+    for env_id in sorted(games.values())[::4]:
         game, palette, _ = make_game(env_id, 0)
         if palette is None:
             continue
@@ -98,7 +97,7 @@ def test_gray_of_every_color_of_every_game():
             game.act(actions[rng.integers(len(actions))])
             if t % 10 == 0:
                 np.testing.assert_array_equal(palette[game.getScreen()], game.getScreenGrayscale())
-    assert len(games) > 100 and with_palette > 80
+    assert with_palette > 15
     assert make_game("ALE/Pacman-v5", 0)[1] is None
 
 

@@ -1,6 +1,7 @@
 """The tools that show what a run has produced: files read back by other libraries, numbers computed another way."""
 
 import itertools
+import json
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 pytest.importorskip("imageio_ffmpeg", reason="needs the extra `video`")
 pytest.importorskip("matplotlib", reason="needs the extra `video`")
 sys.path.insert(0, str(ROOT / "tools"))
+import export
 import plot
 import watch
 
@@ -56,6 +58,26 @@ def save(script, state, folder, **progress):
     folder.mkdir()
     assert script.save_checkpoint(dict(state, progress=dict(state["progress"], **progress)), folder)
     return folder
+
+
+# === What is kept for playing =========================================================================================
+
+
+def test_export(run, loaded, tmp_path, capsys):
+    """Ten times as small, the script plays it, nothing else takes it."""
+    script, state = loaded
+    out = tmp_path / "models" / "game.pt"
+    assert export.main([str(run), str(out)]) == 0
+    assert out.stat().st_size < 6e6 and list(out.parent.iterdir()) == [out]
+    small = script.load_checkpoint(out)
+    assert small["args"] == state["args"]
+    weights = script.load_agent(small).state_dict()
+    assert all(torch.equal(weights[name], state["agent"][name]) for name in state["agent"])
+    args = script.Args(**state["args"] | dict(play=str(out), episodes=1, max_episode_steps=5, device="cpu"))
+    assert script.play(args)["episodes"][0]["episodic_length"] == 5
+    capsys.readouterr()
+    assert "exported" in refusal(capsys, watch.main, out, "--video", tmp_path / "a.mp4", "--script", SCRIPT)
+    assert "expected a checkpoint" in refusal(capsys, export.main, tmp_path / "nowhere", out)
 
 
 # === The video's file =================================================================================================
@@ -156,6 +178,26 @@ print(last.frames, played, peak)
 
 
 @pytest.mark.slow
+def test_replay(run, loaded, tmp_path, capsys):
+    """The best episode of the training again: as many frames, as many points, the same last picture as it had."""
+    script, state = loaded
+    recorded = json.loads((run / "best_shortest.json").read_text())
+    assert len(recorded["actions"]) == 80 and recorded["episodic_length"] == 20
+    steps = list(watch.play(script, state, 3, seed=9, sticky=0.25, replay=recorded["actions"]))
+    assert steps[-1].frames == 80 and steps[-1].score == recorded["episodic_return"]
+    game, *_ = script.make_game(state["args"]["env_id"], 77)
+    game.reset_game()
+    for action in recorded["actions"]:
+        game.act(game.getMinimalActionSet()[action])
+    assert np.array_equal(steps[-1].images[-1], game.getScreenRGB())
+    argv = [run, "--video", tmp_path / "a.mp4", "--scale", "2", "--replay"]
+    assert watch.main([str(arg) for arg in (*argv, run / "best_shortest.json")]) == 0
+    assert "80 frames" in capsys.readouterr().out
+    (tmp_path / "other.json").write_text(json.dumps(dict(recorded, env_id="ALE/Pong-v5")))
+    assert "expected an episode of MontezumaRevenge" in refusal(capsys, watch.main, *argv, tmp_path / "other.json")
+    assert "--replay: expected best_first.json" in refusal(capsys, watch.main, *argv, run / "lock")
+
+
 def test_memory(run, tmp_path):
     """Recording takes less than 500 MiB more than playing, encoder included; all images together would be 3.3 GiB."""
     argv = [ROOT / "tools", run, tmp_path / "a.mp4", 900, 2]
@@ -417,6 +459,13 @@ def test_missing_tags(tmp_path):
     figure = plot.plot({"a": [plot.read(write_run(tmp_path / "a", TAGS[:1], 3))]})
     notes = [[text.get_text() for text in ax.texts] for ax in figure.axes]
     assert notes == [[], *([f"no {tag}\nin these runs"] for tag in TAGS[1:])]
+
+
+def test_mario_has_a_way_instead_of_rooms(tmp_path):
+    tags = [*TAGS, "charts/furthest_x"]
+    figure = plot.plot({"a": [plot.read(write_run(tmp_path / "a", tags, 3))]})
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert "rooms found" not in titles and any("furthest x" in title for title in titles)
 
 
 def test_plot_refuses(run, tmp_path, capsys):

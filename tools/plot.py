@@ -37,6 +37,7 @@ PANELS = {  # title -> tag, is the scale logarithmic
     "intrinsic reward / its std": ("rnd/int_reward", False),
     "predictor loss": ("losses/predictor_loss", True),
 }
+WAY = "furthest x, mean of 100 episodes", "charts/furthest_x"  # of Super Mario Bros., instead of the rooms
 POINTS = 500  # of a curve
 
 
@@ -93,7 +94,10 @@ def plot(groups: dict[str, list[dict]], axis: str = "steps", smooth: int = 1):
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     with plt.rc_context({**style, "grid.color": "#e8e8e8", "axes.titlesize": 9, "axes.edgecolor": "#999999"}):
         figure, axes = plt.subplots(2, 3, figsize=(9, 5.2), layout="constrained")
+        mario = any(WAY[1] in run for runs in groups.values() for run in runs)
         for ax, (title, (tag, log)) in zip(axes.flat, PANELS.items(), strict=True):
+            if mario and tag == "charts/rooms_total":
+                title, tag = WAY
             for i, (label, runs) in enumerate(groups.items()):
                 name = label + (f" ({len(runs)} runs)" if len(runs) > 1 else "")
                 line = dict(color=f"C{i}", lw=1.4)
@@ -115,7 +119,7 @@ def plot(groups: dict[str, list[dict]], axis: str = "steps", smooth: int = 1):
             elif log:
                 ax.set_yscale("log")
             else:
-                ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+                ax.yaxis.set_major_formatter(lambda y, _: EngFormatter(sep="")(y) if abs(y) >= 1000 else f"{y:g}")
         figure.supxlabel("environment steps, of 4 frames each" if axis == "steps" else "hours", fontsize=8)
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)

@@ -104,6 +104,8 @@ def play(script, state, index=0, *, stride=1, seed=1, sticky=None, max_steps=Non
     """
     args, agent, rnd = state["args"], script.load_agent(state), script.RNDModel()
     obs_rms, int_return_rms = script.fastops.RunningMeanStd((84, 84)), script.fastops.RunningMeanStd(())
+    if "rnd" not in state:
+        raise UsageError("expected a checkpoint with RND networks, got an exported one: --play of its script shows it")
     for name, part in dict(rnd=rnd, obs_rms=obs_rms, int_return_rms=int_return_rms).items():
         part.load_state_dict(state[name])
     torch.manual_seed(seed * 1_000_003 + index)
