@@ -299,6 +299,7 @@ def shortened(words, run_of):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("where", "words"), RUN, ids=[f"{where}-{' '.join(words[:4])}" for where, words in RUN])
 def test_command(where, words, runs, tmp_path):
     if "rnd_ppo_mario" in " ".join(words) and not all(map(find_spec, ("stable_retro", "gym_super_mario_bros"))):
@@ -346,6 +347,7 @@ EXAMPLES = [(path, name) for path in DOCS for _, name, source in examples(path) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("path", "name"), EXAMPLES, ids=[f"{NAMES[path]}-{name}" for path, name in EXAMPLES])
 def test_example_runs(path, name, tmp_path):
     """Beside the scripts, as in a clone, and beside the page's other examples."""

@@ -63,6 +63,7 @@ def built(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_contents(built):
     sdist, wheel = built
     with zipfile.ZipFile(wheel) as archive:
@@ -81,6 +82,7 @@ def test_contents(built):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_wheel_works_from_anywhere(built, tmp_path):
     python, empty = environment(tmp_path / "venv"), tmp_path / "empty"
     empty.mkdir()
@@ -95,6 +97,7 @@ def test_wheel_works_from_anywhere(built, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_script_and_folder_without_a_compiler(tmp_path):
     """Alone in a directory, nothing compiled, nothing installed: trains a rollout of the real game on NumPy."""
     python, folder = environment(tmp_path / "venv"), tmp_path / "copy"
