@@ -1084,6 +1084,7 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
         bar = tqdm(total=args.total_rollouts, initial=progress["iteration"], unit="rollout", disable=not is_main)
         cleanup.callback(bar.close)
         clocks, threads = [time.perf_counter()], torch.get_num_threads()
+        cleanup.callback(torch.set_num_threads, threads)
         for iteration in range(progress["iteration"] + 1, args.total_rollouts + 1):
             left = 1 - (iteration - 1) / args.total_rollouts if args.anneal else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
@@ -1109,10 +1110,10 @@ def train(args: Args, exit_on_signals: bool = False, found: tuple | None = None)
                 at, stats = progress["step"] + (info["step"] + 1) * all_envs, info["stats"]
                 events += [(f"charts/{name}", stats[name], at) for name in ("episodic_return", "episodic_length")]
                 old, new = progress["record"], [stats["episodic_return"], -stats["episodic_length"]]
-                replay = dict(stats, env_id=args.env_id, step=at, actions=[*info["executed"]])
-                replays |= dict(best_first=replay) if new[0] > old[0] else {}
-                replays |= dict(best_shortest=replay) if new > old else {}
-                progress["record"] = max(old, new)
+                if new > old:
+                    replay = dict(stats, env_id=args.env_id, step=at, actions=[*info["executed"]])
+                    replays |= dict(best_shortest=replay) | (dict(best_first=replay) if new[0] > old[0] else {})
+                    progress["record"] = new
                 progress["recent"].append(stats)
                 progress["return_sum"] += stats["episodic_return"]
                 progress["best"] = {name: max(x, progress["best"].get(name, x)) for name, x in stats.items()}
