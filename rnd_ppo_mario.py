@@ -23,6 +23,7 @@ import atexit
 import contextlib
 import copy
 import difflib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -239,7 +240,7 @@ class NES:
             NES.machine = importlib.import_module("stable_retro").RetroEmulator(str(rom))
             NES.power_on = bytes(2) + NES.machine.get_state()
         # Press Start until the clock runs, with the wanted stage and no black screen, as gym-super-mario-bros does.
-        self.set_state(NES.power_on)
+        self.restoreState(NES.power_on)
         self.act("S"), self.act("")  # before, the RAM holds anything
         area = int(stage) - 1 + (stage > "1" and world in "1247")  # more: the scene before the pipe to their stage 2
         before = self.clock_left = 0
@@ -250,12 +251,9 @@ class NES:
                 if before == 0:
                     ram = self.ram.copy()
                     ram[[0x75F, 0x75C, 0x760, 0x7A0]] = int(world) - 1, int(stage) - 1, area, 0
-                    self.set_state(bytes(2) + self.state.replace(self.ram.tobytes(), ram.tobytes()))
-        self.beginning = bytes(2) + self.state, self.machine.get_screen()
-
-    def reset_game(self):
-        self.set_state(self.beginning[0])
-        self.picture = self.beginning[1]  # a state has none
+                    self.restoreState(bytes(2) + self.state.replace(self.ram.tobytes(), ram.tobytes()))
+        beginning = bytes(2) + self.state
+        self.reset_game = lambda: self.restoreState(beginning)
 
     def act(self, buttons):
         if NES.inside is not self:
@@ -263,7 +261,7 @@ class NES:
             NES.inside = self
         self.machine.set_button_mask(np.array([button in buttons for button in BUTTONS], np.uint8), 0)
         self.machine.step()
-        self.state, self.picture = self.machine.get_state(), None
+        self.state = self.machine.get_state()
         self.read()
         if self.window:
             self.window.imshow(self.getScreenRGB())
@@ -280,23 +278,30 @@ class NES:
         return self.dead or self.flag
 
     def getScreenRGB(self):
-        return self.machine.get_screen() if self.picture is None else self.picture
+        return self.machine.get_screen()  # of the last frame that any NES played: a state has none
 
     def getScreenGrayscale(self, out):
         fastops.rgb_to_gray(self.getScreenRGB(), out)
 
-    def get_state(self):
+    def cloneState(self):
         return self.furthest_x.to_bytes(2, "big") + self.state
 
-    def set_state(self, state):
+    def restoreState(self, state):
         self.furthest_x, self.state, NES.inside = int.from_bytes(state[:2], "big"), state[2:], None
         self.read()
 
 
-def make_game(env_id: str, seed: int, render_mode: str | None = None) -> tuple[Any, Any, Callable]:
-    """An emulator, ale_py.ALEInterface; gray of each color or None; a function: number of the room and more to log."""
+def make_game(env_id: str, seed: int, render_mode: str | None = None) -> tuple[Any, Any, Callable, bool]:
+    """An emulator, ale_py.ALEInterface; gray of each color or None; a function: number of the room and more to log;
+    whether every episode begins in the same state."""
     nes = NES(env_id, render_mode)
-    return nes, None, lambda: (nes.x // 16, dict(furthest_x=nes.furthest_x, clock_left=nes.clock_left))
+    return nes, None, lambda: (nes.x // 16, dict(furthest_x=nes.furthest_x, clock_left=nes.clock_left)), True
+
+
+@functools.cache  # one pair for all Envs of a process: it stays in the core's cache
+def screens(shape: tuple[int, int]) -> np.ndarray:
+    """Room for the last two frames of a step, uint8 (2, H, W)."""
+    return np.zeros((2, *shape), np.uint8)
 
 
 class Env:
@@ -310,25 +315,31 @@ class Env:
     def __init__(self, env_id, index=0, *, seed=1, sticky_action_prob=0.25, max_episode_steps=4500, render_mode=None):
         self.index, self.sticky_action_prob, self.max_episode_steps = index, sticky_action_prob, max_episode_steps
         self.rng = np.random.default_rng([seed, index])
-        self.game, self.palette, self.look = make_game(env_id, int(self.rng.integers(2**31)), render_mode)
+        self.game, self.palette, self.look, self.same = make_game(env_id, int(self.rng.integers(2**31)), render_mode)
         self.screen = self.game.getScreenGrayscale if self.palette is None else self.game.getScreen
         self.actions = self.game.getMinimalActionSet()  # the first is the no-op
-        self.frame_a, self.frame_b = np.zeros((2, *self.game.getScreenRGB().shape[:2]), np.uint8)
+        self.frame_a, self.frame_b = screens(self.game.getScreenRGB().shape[:2])
+        self.beginning: Any = None
         self.reset(np.zeros((84, 84), np.uint8))
 
     def reset(self, out: np.ndarray) -> None:
         """Start an episode; its first frame, uint8 (84, 84), goes to `out`. No no-op or fire actions [Burda's code]."""
-        self.game.reset_game()
         self.action, self.steps, self.episode_return = 0, 0, 0.0
         self.executed = bytearray()  # the action of each frame: to watch the episode again
         self.places: dict[int, int] = {}  # steps spent in each room
-        self.screen(self.frame_b)
-        fastops.max_pool_resize(self.frame_b, self.frame_b, out, self.palette)
+        if self.beginning:
+            self.game.restoreState(self.beginning[0])
+            out[:] = self.beginning[1]
+        else:
+            self.game.reset_game()
+            self.screen(self.frame_b)
+            fastops.max_pool_resize(self.frame_b, self.frame_b, out, self.palette)
+            self.beginning = self.same and (self.game.cloneState(), out.copy())
 
     def step(self, action: int, out: np.ndarray) -> tuple[float, bool, dict | None]:
         """Play one step; the newest frame goes to `out`. Unclipped reward, done, statistics of an ended episode."""
         reward, over = 0.0, False
-        for frame, sticky in enumerate(self.rng.random(SKIP) < self.sticky_action_prob):
+        for frame, sticky in enumerate((self.rng.random(SKIP) < self.sticky_action_prob).tolist()):
             self.action = self.action if sticky else action
             self.executed.append(self.action)
             reward += self.game.act(self.actions[self.action])
@@ -337,7 +348,8 @@ class Env:
             if frame == SKIP - 2:
                 self.screen(self.frame_a)
         self.screen(self.frame_b)
-        fastops.max_pool_resize(self.frame_a, self.frame_b, out, self.palette)
+        before = self.frame_a if frame == SKIP - 1 else self.frame_b  # an episode that ends earlier shows one frame
+        fastops.max_pool_resize(before, self.frame_b, out, self.palette)
         self.steps += 1
         self.episode_return += reward
         place, stats = self.look()
@@ -353,11 +365,11 @@ class Env:
         """All of the environment in plain types; any Env of the same game continues from it identically."""
         state = dict(action=self.action, steps=self.steps, episode_return=self.episode_return, places={**self.places})
         state |= dict(env=self.index, executed=self.executed.decode("ascii"), rng=self.rng.bit_generator.state)
-        return dict(state, game=self.game.get_state())
+        return dict(state, game=self.game.cloneState())
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from what `get_state` gave."""
-        self.game.set_state(state["game"])
+        self.game.restoreState(state["game"])
         self.action, self.steps, self.episode_return = state["action"], state["steps"], state["episode_return"]
         self.places, self.executed = dict(state["places"]), bytearray(state["executed"], "ascii")
         self.rng.bit_generator.state = state["rng"]
@@ -369,7 +381,10 @@ def worker(conn, inherited, env_id, first_index, options, groups, shared) -> Non
         other.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole process group: the main process decides
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "SCHED_BATCH"):  # when the main process has something to do, it goes first
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     actions, frames, rewards, dones = (array.numpy() for array in shared)
+    frames = list(frames)
     try:
         envs = {i: Env(env_id, first_index + i, **options) for group in groups for i in group}
         conn.send([dict(env=i, num_actions=len(env.actions)) for i, env in envs.items()])
@@ -379,7 +394,7 @@ def worker(conn, inherited, env_id, first_index, options, groups, shared) -> Non
             for i in groups[group]:
                 env, reply = envs[i], None
                 if command == "step":
-                    rewards[i], dones[i], reply = env.step(int(actions[i]), frames[i])
+                    rewards[i], dones[i], reply = env.step(actions.item(i), frames[i])
                 if command == "reset" or reply:  # same-step reset: the next observation is the new episode's first
                     env.reset(frames[i])
                 if command == "get_state":
@@ -387,7 +402,7 @@ def worker(conn, inherited, env_id, first_index, options, groups, shared) -> Non
                 if command == "set_state":
                     env.set_state(states[i])
                 replies.append(reply)
-            conn.send(replies)
+            conn.send_bytes(pickle.dumps(replies))  # half the cost of conn.send
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the main process is gone
     except Exception:
@@ -463,7 +478,7 @@ class VectorEnv:
     def post(self, command: str, group: int, states: list[dict] | None = None) -> None:
         for _, conn, mine in self.workers:
             with contextlib.suppress(OSError):  # of a dead worker: `replies` says more about it
-                conn.send((command, group, states and {i: states[i] for i in mine[group]}))
+                conn.send_bytes(pickle.dumps((command, group, states and {i: states[i] for i in mine[group]})))
 
     def replies(self) -> list[dict]:
         """What the environments of the group posted first have to say, in their order."""

@@ -74,12 +74,22 @@ cdef inline void shrink(const unsigned char* row, Plan plan, float* sums) noexce
                        ) + <float><int>(taps[j] >> 24) * weights[3 * SIZE + j]
 
 
+cdef inline bint repeats(const unsigned char[:, ::1] a, const unsigned char[:, ::1] b, Py_ssize_t y,
+                         Py_ssize_t other) noexcept nogil:
+    return y == other or (other >= 0 and memcmp(&a[y, 0], &a[other, 0], a.shape[1]) == 0
+                          and memcmp(&b[y, 0], &b[other, 0], a.shape[1]) == 0)
+
+
 cdef cloned_void resize(const unsigned char[:, ::1] a, const unsigned char[:, ::1] b, const unsigned char* palette,
                         unsigned char[:, ::1] out, Plan plan) noexcept nogil:
     cdef unsigned char[MAX_SIDE + 64] row  # taps to spare reach behind the end
-    cdef float[SIZE] sums, total
-    cdef Py_ssize_t width = a.shape[1], i, j, k, y, done = -1
+    cdef float[2][SIZE] sums  # of the last two rows that differ: many games draw every other row alike
+    cdef Py_ssize_t[2] rows
+    cdef float[SIZE] total
+    cdef Py_ssize_t width = a.shape[1], i, j, k, y
+    cdef int s = 0
     cdef float weight
+    rows[0] = rows[1] = -1
     for j in range(width, width + 64):
         row[j] = 0
     for i in range(SIZE):
@@ -88,13 +98,14 @@ cdef cloned_void resize(const unsigned char[:, ::1] a, const unsigned char[:, ::
             if weight == 0:
                 break
             y = plan.y_start[i] + k
-            # A row that two output rows share, or that repeats the one above, has its sums already.
-            if y != done and (done < 0 or memcmp(&a[y, 0], &a[done, 0], width) or memcmp(&b[y, 0], &b[done, 0], width)):
-                pool(&a[y, 0], &b[y, 0], width, palette, row)
-                shrink(row, plan, sums)
-            done = y
+            if not repeats(a, b, y, rows[s]):
+                s = 1 - s
+                if not repeats(a, b, y, rows[s]):
+                    pool(&a[y, 0], &b[y, 0], width, palette, row)
+                    shrink(row, plan, sums[s])
+            rows[s] = y
             for j in range(SIZE):  # total += weight * sums
-                total[j] = (total[j] if k > 0 else 0) + weight * sums[j]
+                total[j] = (total[j] if k > 0 else 0) + weight * sums[s][j]
         for j in range(SIZE):  # out[i] = np.rint(total * factor + bias): floats from 2**23 on are the integers
             out[i, j] = <unsigned char><int>(total[j] * plan.factor + plan.bias + <float>8388608 - <float>8388608)
 

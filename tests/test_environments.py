@@ -88,7 +88,7 @@ def test_gray_of_every_color_of_many_games():
     games = {spec.kwargs["game"]: name for name, spec in gym.registry.items() if "AtariEnv" in str(spec.entry_point)}
     with_palette = 0
     for env_id in sorted(games.values())[::4]:
-        game, palette, _ = make_game(env_id, 0)
+        game, palette, *_ = make_game(env_id, 0)
         if palette is None:
             continue
         with_palette += 1
@@ -112,6 +112,40 @@ def test_a_lost_life_is_not_an_end():
     assert sorted(set(lives)) == [0, 1, 2, 3, 4, 5]
     assert lives[-2] > 0
     assert info["stats"]["episodic_length"] == len(lives) - 1
+
+
+@pytest.mark.parametrize("game", ["Gravitar", "MontezumaRevenge", "Pitfall", "Venture"])
+def test_a_kept_beginning_is_where_every_reset_leads(game):
+    """Of these games Env resets the emulator once. Another emulator, with another seed, that is reset for each episode
+    shows the same frames and has the same RAM ever after."""
+    env, frame, first = Env(f"ALE/{game}-v5", sticky_action_prob=0.0), blank(), blank()
+    env.reset(first)
+    assert env.beginning
+    other, *_ = make_game(f"ALE/{game}-v5", 99)
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(5):
+        env.reset(frame)
+        other.reset_game()
+        np.testing.assert_array_equal(frame, first)
+        for action in rng.integers(len(env.actions), size=100):
+            reward, done, _ = env.step(int(action), frame)
+            assert reward == sum(other.act(env.actions[action]) for _ in range(4))
+            np.testing.assert_array_equal(env.game.getScreen(), other.getScreen())
+            np.testing.assert_array_equal(env.game.getRAM(), other.getRAM())
+            assert (done, env.game.lives()) == (other.game_over(), other.lives())
+            seen.add(other.getScreen().tobytes())
+            if done:
+                break
+    assert len(seen) > 50
+
+
+def test_a_game_with_a_random_beginning_is_reset_for_every_episode():
+    env, rams = Env("ALE/Solaris-v5"), set()
+    for _ in range(5):
+        env.reset(blank())
+        rams.add(env.game.getRAM().tobytes())
+    assert len(rams) > 1
+    assert not env.beginning
 
 
 def test_a_montezuma_episode_of_noops_ends_at_exactly_4500_steps():
@@ -154,7 +188,7 @@ def executed_actions(env):
     executed, order = [], list(env.actions)
     act = lambda action: executed.append(order.index(action)) or 0.0  # noqa: E731
     env.game = SimpleNamespace(act=act, game_over=lambda: False, getScreenGrayscale=lambda out: None)
-    env.game.reset_game = lambda: None
+    env.game.restoreState = lambda state: None
     return executed
 
 

@@ -147,10 +147,10 @@ def test_buttons_do_what_they_say():
     nes = console()
     for _ in range(40):
         nes.act("R")
-    state, x = nes.get_state(), nes.x
+    state, x = nes.cloneState(), nes.x
 
     def after(buttons, frames=30):
-        nes.set_state(state)
+        nes.restoreState(state)
         for _ in range(frames):
             nes.act(buttons)
         return nes.x, int(nes.ram[0xCE])  # his height on the screen
@@ -173,13 +173,13 @@ def test_observation_is_the_gray_maximum_of_frames_3_and_4():
     np.testing.assert_array_equal(frame, expected)
     for action in np.random.default_rng(0).integers(1, 5, size=20):
         env.step(int(action), frame)
-        state, pictures = env.game.get_state(), []
+        state, pictures = env.game.cloneState(), []
         for _ in range(4):  # the emulator is shared: env's own state is put back by itself
             alone.act(ACTIONS[action])
             pictures.append(gray())
         expected = cv2.resize(np.maximum(*pictures[2:]), (84, 84), interpolation=cv2.INTER_AREA)
         np.testing.assert_array_equal(frame, expected)
-        assert env.game.get_state() == state
+        assert env.game.cloneState() == state
     assert alone.getScreenRGB().shape == (224, 240, 3)
 
 
