@@ -307,7 +307,7 @@ def worker(conn, inherited, env_id, first_index, options, groups, shared) -> Non
         other.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # may reach the whole process group: the main process decides
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(os, "SCHED_BATCH"):  # when the main process has something to do, it goes first
+    with contextlib.suppress(AttributeError, OSError):  # Linux: the main process, once it has work, goes first
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     actions, frames, rewards, dones = (array.numpy() for array in shared)
     frames = list(frames)
