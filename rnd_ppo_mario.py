@@ -319,7 +319,7 @@ class Env:
         self.screen = self.game.getScreenGrayscale if self.palette is None else self.game.getScreen
         self.actions = self.game.getMinimalActionSet()  # the first is the no-op
         self.frame_a, self.frame_b = screens(self.game.getScreenRGB().shape[:2])
-        self.beginning: Any = None
+        self.beginning: Any = None  # state and first frame, where every episode has the same
         self.reset(np.zeros((84, 84), np.uint8))
 
     def reset(self, out: np.ndarray) -> None:
