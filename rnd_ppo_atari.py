@@ -954,9 +954,9 @@ def open_run(args: Args, found: Path | None, state: dict | None, cleanup) -> tup
         for path in run.glob("checkpoint_*.pt"):
             if int(path.stem[11:]) > state["progress"]["iteration"]:  # damaged, or given up by going back
                 path.rename(path.with_suffix(".abandoned"))
-        for path in run.glob("events.out.tfevents.*"):
-            size = state["progress"]["events"].get(path.name)
-            os.truncate(path, min(size, path.stat().st_size)) if size else path.unlink()
+    for path in run.glob("events.out.tfevents.*"):  # in a new run: of one that began in the same second and was killed
+        size = state["progress"]["events"].get(path.name) if state else 0
+        os.truncate(path, min(size, path.stat().st_size)) if size else path.unlink()
     if args.track:
         import wandb
 
