@@ -1,4 +1,4 @@
-"""PPO with Random Network Distillation (RND) on Atari games: the whole algorithm in one file.
+"""PPO with Random Network Distillation (RND): the whole algorithm in one file.
 
 Train             python SCRIPT --num-envs 128                                (SCRIPT: this file)
 Resume            python SCRIPT --num-envs 128 --resume auto                  (or --resume RUN)
@@ -172,9 +172,8 @@ class UsageError(ValueError):
 class Game:
     """One emulator. Everything particular to Atari is in this class; a variant for another emulator replaces it.
 
-    actions: the actions that the agent chooses from; it chooses by index. noop: the index of doing nothing, the action
-    that is remembered after a reset; it may lie outside of `actions`. shape: (H, W) of the screen. palette: gray value
-    of each color index, uint8 (256,), or None where `draw` writes gray.
+    actions: what the agent chooses from, by index. noop: the index of doing nothing, which can lie outside `actions`.
+    shape: (H, W) of the screen. palette: the gray of each color index, uint8 (256,), or None where `draw` writes gray.
     """
 
     # Where every episode starts in the same state, the 68 frames (3.5 ms) that ALE plays at a reset are played once.
@@ -203,7 +202,8 @@ class Game:
         # Looking gray up by color is faster than ALE's own gray screen. The palette is that of NTSC games.
         self.palette = fastops.ATARI_GRAYS if self.shape[0] == 210 else None
         self.room_byte = dict(montezuma_revenge=3, pitfall=1).get(name)  # where the RAM holds the number of the room
-        self.keeps_start, self.start = name in self.SAME_START, None
+        self.keeps_start = name in self.SAME_START
+        self.start: Any = None
 
     def reset(self, screen: np.ndarray) -> None:
         """Start an episode and draw its first screen."""
@@ -221,8 +221,8 @@ class Game:
         return self.ale.act(self.executable[action])
 
     def over(self) -> bool:
-        """Whether the game has ended. Losing a life does not end it."""
-        return self.ale.game_over()
+        """Whether the episode has ended."""
+        return self.ale.game_over()  # losing a life does not end it
 
     def draw(self, screen: np.ndarray) -> None:
         """Write the current screen, uint8 (H, W): color indices, or gray where there is no palette."""
@@ -232,7 +232,7 @@ class Game:
             self.ale.getScreen(screen)
 
     def room(self) -> int | None:
-        """The number of the room that the player is in, or None if it is not known for this game."""
+        """The number of the room that the player is in, or None where it is not known."""
         return None if self.room_byte is None else int(self.ale.getRAM()[self.room_byte])
 
     def statistics(self) -> dict[str, float]:
@@ -396,7 +396,7 @@ class RND(nn.Module):
         self.target = nn.Sequential(*convolutions(1, slope), layer(nn.Linear(3136, 512))).requires_grad_(False)
         hidden = layer(nn.Linear(3136, 512)), relu, layer(nn.Linear(512, 512)), relu
         self.predictor = nn.Sequential(*convolutions(1, slope), *hidden, layer(nn.Linear(512, 512)))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.int_gamma, self.int_return_filter = int_gamma, int_return_filter
         self.obs_rms = fastops.RunningMeanStd((84, 84))
         self.int_return_rms = fastops.RunningMeanStd(())
@@ -881,7 +881,7 @@ def gather(value: Any) -> list:
     return values
 
 
-def average_gradients(params: list[torch.Tensor]) -> None:
+def average_gradients(params: list[Any]) -> None:
     """Average the gradients over all processes, in one message instead of one per tensor."""
     if not dist.is_initialized():
         return
@@ -982,7 +982,7 @@ class Run:
         new = Path(args.run_dir, f"{run_prefix(args)}{time.strftime('%Y%m%d-%H%M%S')}")
         self.dir = path.parent if path and self.in_place else new
         self.progress = Progress(**state["progress"]) if state else Progress()
-        self.latest: dict | None = None  # the state after the last whole rollout
+        self.latest: dict = {}  # the state after the last whole rollout
         self.due, self.is_best = True, False  # what `keep` saves: the latest state, and as the best one
         self.writer: SummaryWriter | None = None
         self.retry = 0  # iteration at which to open it (again)
@@ -1327,7 +1327,7 @@ def checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def is_newest(path: Path, state: dict) -> bool:
+def is_newest(path: Path, state: Any) -> bool:
     """Whether a checkpoint is the newest of the run whose directory it lies in, and that can be written to."""
     run = path.parent
     return state["run"] == run.name and path == checkpoints(run)[-1] and os.access(run, os.W_OK)

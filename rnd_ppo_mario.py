@@ -1,4 +1,4 @@
-"""PPO with Random Network Distillation (RND) on Super Mario Bros.: the whole algorithm in one file.
+"""PPO with Random Network Distillation (RND): the whole algorithm in one file.
 
 Train             python SCRIPT --num-envs 128                                (SCRIPT: this file)
 Resume            python SCRIPT --num-envs 128 --resume auto                  (or --resume RUN)
@@ -188,8 +188,8 @@ class UsageError(ValueError):
 class Game:
     """One emulator. Everything particular to Super Mario Bros. is in this class; RAM addresses: gym-super-mario-bros.
 
-    actions: the actions that the agent chooses from, each the buttons held; it chooses by index. noop: the index of doing
-    nothing, the action that is remembered after a reset. shape: (H, W) of the screen. palette: None, `draw` writes gray.
+    actions: what the agent chooses from, by index. noop: the index of doing nothing, which can lie outside `actions`.
+    shape: (H, W) of the screen. palette: the gray of each color index, uint8 (256,), or None where `draw` writes gray.
 
     A process can have one emulator only, which all its games share: the one that acts puts its own state in first.
     """
@@ -213,9 +213,7 @@ class Game:
             raise UsageError(f"--stage: expected a stage from 1-1 to 8-4, got {args.stage!r}; try {near}")
         rom = Path(args.env_id).parent
         if not rom.is_file():
-            raise UsageError(
-                f"--rom: expected a file, got {rom}; pip install --no-deps gym-super-mario-bros brings one"
-            )
+            raise UsageError(f"--rom: expected a file, got {rom}; see pip install --no-deps gym-super-mario-bros")
         found = hashlib.sha256(rom.read_bytes()).hexdigest()
         if found != Game.ROM_SHA256 and not args.rom_unchecked:
             raise UsageError(f"--rom: expected SHA-256 {Game.ROM_SHA256}, got {found}; --rom-unchecked accepts {rom}")
@@ -228,12 +226,7 @@ class Game:
         if Game.emulator is None:
             Game.emulator = importlib.import_module("stable_retro").RetroEmulator(str(rom))
             Game.power_on = bytes(2) + Game.emulator.get_state()
-        self.furthest_x = 0
-        self.start = self.play_to_start(world, stage)
-        self.first_screen: Any = None
-
-    def play_to_start(self, world: str, stage: str) -> bytes:
-        """Press Start until the clock runs, with the wanted stage and no black screen, as gym-super-mario-bros does."""
+        # Press Start until the clock runs, with the wanted stage and no black screen, as gym-super-mario-bros does.
         self.set_state(Game.power_on)
         self.press("S")
         self.press("")  # before, the RAM holds anything
@@ -247,15 +240,13 @@ class Game:
                     ram = self.ram.copy()
                     ram[[0x75F, 0x75C, 0x760, 0x7A0]] = int(world) - 1, int(stage) - 1, area, 0
                     self.set_state(bytes(2) + self.state.replace(self.ram.tobytes(), ram.tobytes()))
-        return bytes(2) + self.state
+        self.start = bytes(2) + self.state, np.zeros(self.shape, np.uint8)
+        self.draw(self.start[1])  # a state has no screen
 
     def reset(self, screen: np.ndarray) -> None:
         """Start an episode and draw its first screen."""
-        self.set_state(self.start)
-        if self.first_screen is None:  # a state has no screen: it is that of the frame that led to it
-            self.draw(screen)
-            self.first_screen = screen.copy()
-        screen[:] = self.first_screen
+        state, screen[:] = self.start
+        self.set_state(state)
 
     def press(self, buttons: str) -> None:
         """Play one frame with these buttons held."""
@@ -283,15 +274,15 @@ class Game:
         return float(self.flag)  # the only reward
 
     def over(self) -> bool:
-        """Whether the episode has ended: there is one life."""
+        """Whether the episode has ended."""
         return bool(self.dead or self.flag)
 
     def draw(self, screen: np.ndarray) -> None:
-        """Write the current screen, gray, uint8 (H, W)."""
+        """Write the current screen, uint8 (H, W): color indices, or gray where there is no palette."""
         fastops.rgb_to_gray(self.emulator.get_screen(), screen)
 
     def room(self) -> int | None:
-        """The column of the stage that the player is in."""
+        """The number of the room that the player is in, or None where it is not known."""
         return self.x // 16
 
     def statistics(self) -> dict[str, float]:
@@ -299,7 +290,7 @@ class Game:
         return dict(furthest_x=self.furthest_x, clock_left=self.clock_left)
 
     def get_state(self) -> bytes:
-        """The state of the emulator, for a checkpoint, after `furthest_x`, which is not in the RAM."""
+        """The state of the emulator, for a checkpoint."""
         return self.furthest_x.to_bytes(2, "big") + self.state
 
     def set_state(self, state: bytes) -> None:
@@ -456,7 +447,7 @@ class RND(nn.Module):
         self.target = nn.Sequential(*convolutions(1, slope), layer(nn.Linear(3136, 512))).requires_grad_(False)
         hidden = layer(nn.Linear(3136, 512)), relu, layer(nn.Linear(512, 512)), relu
         self.predictor = nn.Sequential(*convolutions(1, slope), *hidden, layer(nn.Linear(512, 512)))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.int_gamma, self.int_return_filter = int_gamma, int_return_filter
         self.obs_rms = fastops.RunningMeanStd((84, 84))
         self.int_return_rms = fastops.RunningMeanStd(())
@@ -941,7 +932,7 @@ def gather(value: Any) -> list:
     return values
 
 
-def average_gradients(params: list[torch.Tensor]) -> None:
+def average_gradients(params: list[Any]) -> None:
     """Average the gradients over all processes, in one message instead of one per tensor."""
     if not dist.is_initialized():
         return
@@ -1042,7 +1033,7 @@ class Run:
         new = Path(args.run_dir, f"{run_prefix(args)}{time.strftime('%Y%m%d-%H%M%S')}")
         self.dir = path.parent if path and self.in_place else new
         self.progress = Progress(**state["progress"]) if state else Progress()
-        self.latest: dict | None = None  # the state after the last whole rollout
+        self.latest: dict = {}  # the state after the last whole rollout
         self.due, self.is_best = True, False  # what `keep` saves: the latest state, and as the best one
         self.writer: SummaryWriter | None = None
         self.retry = 0  # iteration at which to open it (again)
@@ -1387,7 +1378,7 @@ def checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def is_newest(path: Path, state: dict) -> bool:
+def is_newest(path: Path, state: Any) -> bool:
     """Whether a checkpoint is the newest of the run whose directory it lies in, and that can be written to."""
     run = path.parent
     return state["run"] == run.name and path == checkpoints(run)[-1] and os.access(run, os.W_OK)
