@@ -198,6 +198,9 @@ class Game:
     BUTTONS = "B_-SUDLRA"  # in stable-retro's order; - is Select, S is Start
     ACTIONS = ("", "R", "RA", "RB", "RAB", "A", "L", "LA", "LB", "LAB", "D", "U")  # in gym-super-mario-bros's order
 
+    state: bytes
+    ram: np.ndarray
+    furthest_x: int
     emulator: Any = None
     power_on = b""  # its state before the first frame
     inside: Any = None  # the game whose state it has
@@ -713,7 +716,7 @@ def train(args: Args) -> Path | None:
     path, state = find_checkpoint(args)
     options = dict(sticky_action_prob=args.sticky_action_prob, max_episode_steps=args.max_episode_steps, seed=args.seed)
     options |= dict(num_workers=args.num_workers, first_index=RANK * args.num_envs)  # no two environments are alike
-    with Run(args, path, state) as run, VectorEnv(args.env_id, args.num_envs, **options) as envs:
+    with Run(args, path, state) as run, contextlib.closing(VectorEnv(args.env_id, args.num_envs, **options)) as envs:
         device, bf16 = start_device(args, envs)  # after the workers, which are forked
         torch.manual_seed(args.seed)  # the same weights in every process ...
         agent = Agent(envs.num_actions, 448, bf16).to(device)
@@ -811,12 +814,6 @@ class VectorEnv:
             if isinstance(error, OSError):
                 raise RuntimeError(f"cannot start {num_workers} workers ({error}); try fewer --num-workers") from error
             raise
-
-    def __enter__(self) -> VectorEnv:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def send(self, group: int, actions: np.ndarray) -> None:
         """Start a step of `group`, actions int (n,). It overwrites the arrays that `recv` returned for this group."""
@@ -1088,7 +1085,7 @@ class Run:
                     self.writer.close()
             if self.args.track:
                 sys.modules["wandb"].finish()
-            if self.path:
+            if self.latest:
                 say(f"{self.path} saved; continue with --resume {self.dir}, evaluate with --play {self.dir},")
                 say(f"record with tools/watch.py {self.dir}, see the curves with tensorboard --logdir {self.dir}")
             self.lock.release()
@@ -1153,8 +1150,6 @@ class Run:
         writer = SummaryWriter(str(self.dir), purge_step=self.state["progress"]["step"] + 1 if self.state else 1)
         if not self.in_place:
             args = reported_args(self.args)
-            rows = "".join(f"\n|{name}|{value}|" for name, value in args.items())
-            writer.add_text("hyperparameters", f"|argument|value|\n|-|-|{rows}")
             writer.add_custom_scalars({"RND": {title: ["Multiline", tags] for title, tags in PLOTS.items()}})
             for summary in hparams(args, dict.fromkeys(PLOTS["return"] + PLOTS["rooms"], 0.0)):
                 writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
@@ -1163,14 +1158,10 @@ class Run:
     def show(self, scalars: dict[str, float]) -> None:
         """Renew the progress bar; print a line every --log-interval rollouts, and when the run begins to look dead."""
         progress = self.progress
-        figures = {
-            "return": progress.mean_return(),
-            "best": progress.record[0] if progress.record else None,
-            "rooms": len(progress.visits) or None,
-            "bonus": scalars["rnd/int_reward_raw"],
-            "entropy": scalars["losses/entropy"],
-        }
-        summary = " ".join(f"{name} {number(figure)}" for name, figure in figures.items())
+        scores = dict(best=progress.record[0] if progress.record else None, rooms=len(progress.visits) or None)
+        scores = {"return": progress.mean_return(), **scores}
+        summary = " ".join(f"{name} {'-' if score is None else f'{score:.5g}'}" for name, score in scores.items())
+        summary += f" bonus {scalars['rnd/int_reward_raw']:.3g} entropy {scalars['losses/entropy']:.3g}"
         speed = f"{scalars['charts/SPS']:.0f} steps/s"
         with contextlib.suppress(OSError):  # the terminal is gone
             if self.bar is None:
@@ -1206,12 +1197,6 @@ class Run:
         self.path = path
         for old in checkpoints(self.dir)[: -self.args.keep_checkpoints]:
             old.unlink()
-
-
-def number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def reported_args(args: Args) -> dict[str, Any]:
@@ -1481,7 +1466,7 @@ def play(args: Args) -> dict:
             *_, (*_, summary) = play_episode(agent, Env(args.env_id, i, **options), args.greedy)
             episodes.append(summary["stats"] | dict(sticky_action_prob=sticky, visits=sorted(summary["visits"])))
         report["episodes"] += episodes
-        report["summary"].append(summarize(episodes))
+        report["summary"].append(dict(sticky_action_prob=sticky, **summarize(episodes)))
         say("  ".join(f"{name} {value:.4g}" for name, value in report["summary"][-1].items()))
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
@@ -1489,18 +1474,12 @@ def play(args: Args) -> dict:
 
 
 def summarize(episodes: list[dict]) -> dict[str, float]:
-    """Means over episodes of one stickiness, and the spread of the return."""
-    returns = np.array([episode["episodic_return"] for episode in episodes])
-    row = dict(
-        sticky_action_prob=episodes[0]["sticky_action_prob"],
-        mean=returns.mean(),
-        standard_error=returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else 0.0,
-        std=returns.std(),
-        median=np.median(returns),
-        best=returns.max(),
-    )
-    for name in episodes[0].keys() - {"episodic_return", "sticky_action_prob", "visits"}:
-        row[name.removeprefix("episodic_")] = np.mean([episode[name] for episode in episodes])
+    """Mean, spread and best of the returns; means of length and rooms."""
+    columns = ("episodic_return", "episodic_length", "rooms")
+    returns, lengths, rooms = (np.array([episode[name] for episode in episodes]) for name in columns)
+    error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else 0.0
+    row = dict(mean=returns.mean(), standard_error=error, std=returns.std(), median=np.median(returns))
+    row |= dict(best=returns.max(), length=lengths.mean(), rooms=rooms.mean())
     return {name: float(value) for name, value in row.items()}
 
 
