@@ -30,12 +30,12 @@ import copy
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import sys
@@ -55,8 +55,7 @@ import torch.multiprocessing
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils import tensorboard
 from tqdm import tqdm
 
 import fastops
@@ -1003,7 +1002,7 @@ class Run:
         self.progress = Progress(**state["progress"]) if state else Progress()
         self.latest: dict = {}  # the state after the last whole rollout
         self.due, self.is_best = True, False  # what `keep` saves: the latest state, and as the best one
-        self.writer: SummaryWriter | None = None
+        self.writer: tensorboard.SummaryWriter | None = None
         self.retry = 0  # iteration at which to open it (again)
         self.bar: tqdm | None = None
         self.clock, self.times, self.warning = ("", 0.0), dict[str, float](), ""
@@ -1116,13 +1115,14 @@ class Run:
             say(f"warning: events cannot be written ({error}); the next try comes with the next save")
             self.writer, self.retry = None, self.progress.iteration + self.args.save_interval
 
-    def open_writer(self) -> SummaryWriter:
+    def open_writer(self) -> tensorboard.SummaryWriter:
         """Continue the curves: TensorBoard drops what an earlier process wrote after the checkpoint."""
-        writer = SummaryWriter(str(self.dir), purge_step=self.state["progress"]["step"] + 1 if self.state else 1)
+        step = self.state["progress"]["step"] if self.state else 0
+        writer = tensorboard.SummaryWriter(str(self.dir), purge_step=step + 1)
         if not self.in_place:
             args = reported_args(self.args)
             writer.add_custom_scalars({"RND": {title: ["Multiline", tags] for title, tags in PLOTS.items()}})
-            for summary in hparams(args, dict.fromkeys(PLOTS["return"] + PLOTS["rooms"], 0.0)):
+            for summary in tensorboard.summary.hparams(args, dict.fromkeys(PLOTS["return"] + PLOTS["rooms"], 0.0)):
                 writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         return writer
 
@@ -1318,7 +1318,7 @@ def load_checkpoint(path: str | Path) -> tuple[Path, dict]:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         found = f"format {state['format']} of {state['script']}"
     except Exception as error:  # whatever the reason
-        reason = "it holds more than plain types" if isinstance(error, pickle.UnpicklingError) else error
+        reason = "it holds more than plain types" if type(error).__name__ == "UnpicklingError" else error
         raise UsageError(f"{path}: expected a checkpoint, cannot read it: {reason}; take another one") from None
     expected = [f"format {number} of {Path(__file__).stem}" for number in (FORMAT, 1)]
     if found not in expected:
@@ -1457,10 +1457,20 @@ def summarize(episodes: list[dict]) -> dict[str, float]:
 # === 11. Start ========================================================================================================
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-FLAGS_ELSEWHERE = {  # of CleanRL, PPO-RND and OpenAI; all of them: docs/choices.md
-    "total-timesteps": "--total-rollouts, each of --num-envs * --num-steps steps",
-    "num-iterations-obs-norm-init": "--obs-norm-rollouts",
-    "update-proportion": "--predictor-proportion",
+FLAGS_ELSEWHERE = {  # here: in CleanRL, OpenAI, PPO-RND and rlcode; more in docs/choices.md
+    "--num-envs": {"num-env", "n-envs", "n-workers"},
+    "--total-rollouts, of --num-envs x --num-steps steps": {"total-timesteps", "num-timesteps", "total-frames"},
+    "--obs-norm-rollouts": {"num-iterations-obs-norm-init"},
+    "--predictor-proportion": {"update-proportion", "proportion-of-exp-used-for-predictor-update"},
+    "--int-episodic": {"use-news"},
+    "--gamma (the game's) and --int-gamma": {"gamma-ext"},
+    "--int-coef and --ext-coef": {"int-coeff", "ext-coeff"},
+    "--gae-lambda": {"lam"},
+    "--anneal": {"anneal-lr"},
+    "--device": {"cuda"},
+    "--play RUN": {"do-test", "test"},
+    "--track": {"wandb"},
+    "tools/watch.py RUN --video FILE": {"capture-video"},
 }
 
 
@@ -1532,15 +1542,32 @@ def stop(number: int, _: object) -> None:
 
 def parse_args() -> Args:
     """The command line; what it leaves out is as in the checkpoint of --play or --resume PATH."""
-    for flag, instead in FLAGS_ELSEWHERE.items():
-        if any(word.split("=")[0].replace("_", "-") == f"--{flag}" for word in sys.argv):
-            raise UsageError(f"--{flag}: expected an argument of this script; its name here is {instead}")
-    args = tyro.cli(Args, description=__doc__)
+    if {"-h", "--help"} & set(sys.argv):
+        print_help()
+        sys.exit()
+    flags = {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in sys.argv if word.startswith("--")}
+    for here, elsewhere in FLAGS_ELSEWHERE.items():
+        if found := flags & elsewhere:
+            raise UsageError(f"--{found.pop()}: expected an argument of this script; use {here}")
+    args = tyro.cli(Args)
     source = args.play or args.resume
     if source in ("", "auto"):
         return args
     _, state = load_checkpoint(source)
-    return tyro.cli(Args, default=Args(**saved_args(state)), description=__doc__)
+    return tyro.cli(Args, default=Args(**saved_args(state)))
+
+
+def print_help() -> None:
+    """What tyro says about the arguments, in the groups that the source has."""
+    title, _, _, *legend = (__doc__ or "").split("\n\n")
+    example = f"Example: python {Path(__file__).name} --num-envs 128 --resume auto"
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        tyro.cli(Args, description="\n\n".join([title, example, *legend]), args=["--help"])
+    lines = text.getvalue().splitlines()
+    for group, name in re.findall(r"# --- (.*)\n *(\w+):", inspect.getsource(Args)):
+        first = next(i for i, line in enumerate(lines) if f" --{name.replace('_', '-')} " in line)
+        lines.insert(first, f"\n{group}")
+    print("\n".join(lines))
 
 
 def main() -> int:
