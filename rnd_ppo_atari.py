@@ -1030,12 +1030,21 @@ class Run:
                     self.writer.close()
             if self.args.track:
                 sys.modules["wandb"].finish()
-            if self.latest:
-                say(f"{self.path} saved; continue with --resume {self.dir}, evaluate with --play {self.dir},")
-                say(f"record with tools/watch.py {self.dir}, see the curves with tensorboard --logdir {self.dir}")
+            self.say_what_next()
             self.lock.release()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def say_what_next(self) -> None:
+        if not self.latest:
+            say(f"stopped before the first rollout: nothing saved in {self.dir}")
+            return
+        script = Path(__file__).name
+        say(f"saved {self.path}\nRUN={self.dir}")
+        say(f"python {script} --resume $RUN                 # continue")
+        say(f"python {script} --play $RUN                   # evaluate")
+        say("tensorboard --logdir $RUN                              # curves")
+        say("python tools/watch.py $RUN --video out.mp4             # video")
 
     def phase(self, name: str) -> None:
         """Stop the clock of the last phase and start that of this one."""
@@ -1055,7 +1064,7 @@ class Run:
                 step = progress.step + (episode["t"] + 1) * width
                 for name in ("episodic_return", "episodic_length"):
                     events.append((f"charts/{name}", episode["stats"][name], step))
-                if progress.add(episode):
+                if progress.add(episode) and RANK == 0:
                     self.write_replay(episode, step)
             for room in set(rooms) - {-1}:
                 progress.visits.setdefault(room, 0)
@@ -1104,8 +1113,11 @@ class Run:
     def show(self, scalars: dict[str, float]) -> None:
         """Renew the progress bar; print a line every --log-interval rollouts, and when the run begins to look dead."""
         progress = self.progress
-        scores = dict(best=progress.record[0] if progress.record else None, rooms=len(progress.visits) or None)
-        scores = {"return": progress.mean_return(), **scores}
+        scores = {
+            "return": progress.mean_return(),
+            "best": progress.record[0] if progress.record else None,
+            "rooms": len(progress.visits) or None,
+        }
         summary = " ".join(f"{name} {'-' if score is None else f'{score:.5g}'}" for name, score in scores.items())
         summary += f" bonus {scalars['rnd/int_reward_raw']:.3g} entropy {scalars['losses/entropy']:.3g}"
         speed = f"{scalars['charts/SPS']:.0f} steps/s"
