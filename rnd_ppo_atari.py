@@ -1315,9 +1315,11 @@ def load_checkpoint(path: str | Path) -> tuple[Path, dict]:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = [
-        (int(match[1]), path) for path in run.iterdir() if (match := re.fullmatch(r"checkpoint_(\d+)\.pt", path.name))
-    ]
+    found = []
+    for path in run.iterdir():
+        match = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
+        if match:
+            found.append((int(match[1]), path))
     return [path for _, path in sorted(found)]
 
 
@@ -1338,9 +1340,7 @@ def saved_args(state: dict) -> dict[str, Any]:
 def check_resumable(args: Args, path: Path, state: dict) -> None:
     """Raise UsageError where these arguments cannot continue the checkpoint."""
     if state["format"] != FORMAT or "optimizer" not in state:
-        raise UsageError(
-            f"{path}: expected a checkpoint of a run, got exported or old weights; they can only be played"
-        )
+        raise UsageError(f"{path}: expected a checkpoint of a run, got exported or old weights; use --play with them")
     for name, saved in vars(Args(**saved_args(state))).items():
         value, flag = getattr(args, name), name.replace("_", "-")
         if value != saved and name not in FREE_ARGS:
@@ -1360,10 +1360,11 @@ def find_checkpoint(args: Args) -> tuple[Path, dict] | tuple[None, None]:
         path, state = load_checkpoint(args.resume)
         check_resumable(args, path, state)
         return path, state
-    folder, problem = Path(args.run_dir), None
-    runs = [run for run in folder.iterdir() if run.name.startswith(run_prefix(args))] if folder.is_dir() else []
-    newest = {run: max((path.stat().st_mtime for path in checkpoints(run)), default=0) for run in runs}
-    for run in sorted(runs, key=newest.__getitem__, reverse=True):
+    times, problem = {}, None
+    for run in Path(args.run_dir).iterdir() if Path(args.run_dir).is_dir() else ():
+        if run.name.startswith(run_prefix(args)) and run.is_dir() and checkpoints(run):
+            times[run] = checkpoints(run)[-1].stat().st_mtime
+    for run in sorted(times, key=times.__getitem__, reverse=True):  # the newest checkpoint first
         try:
             path, state = load_checkpoint(run)
             check_resumable(args, path, state)
