@@ -397,6 +397,14 @@ class Agent(nn.Module):
         return *self.heads(torch.cat(outputs).flatten(0, 1)), state
 
 
+def merge_batch(rms: fastops.RunningMeanStd, batch: np.ndarray) -> None:
+    """Merge the batches of all processes into the running statistics, as if one process had seen them all."""
+    local = fastops.RunningMeanStd(rms.mean.shape, count=1e-300)  # statistics of this process's batch alone
+    local.update(batch)
+    for mean, var, count in gather((local.mean, local.var, local.count)):
+        rms.merge(mean, var, count)
+
+
 class RND(nn.Module):
     """The intrinsic reward: a fixed random network, one that learns to predict its output, and both normalisers.
 
@@ -461,14 +469,6 @@ class RND(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.obs_rms.load_state_dict(state["obs_rms"])
         self.int_return_rms.load_state_dict(state["int_return_rms"])
-
-
-def merge_batch(rms: fastops.RunningMeanStd, batch: np.ndarray) -> None:
-    """Merge the batches of all processes into the running statistics, as if one process had seen them all."""
-    local = fastops.RunningMeanStd(rms.mean.shape, count=1e-300)  # statistics of this process's batch alone
-    local.update(batch)
-    for mean, var, count in gather((local.mean, local.var, local.count)):
-        rms.merge(mean, var, count)
 
 
 # === 4. Rollout =======================================================================================================
@@ -677,6 +677,16 @@ def update(agent, rnd, optimizer, rollout: Rollout, targets: dict, clip: float, 
 # === 6. Training ======================================================================================================
 
 
+def random_play(envs: VectorEnv, rollout: Rollout, rnd: RND, rollouts: int) -> None:
+    """Start the observation statistics with random actions, then start every environment anew [Burda, 2.4]."""
+    rollout.start_episodes(envs.reset())
+    for _ in tqdm(range(rollouts), "random play", unit="rollout", dynamic_ncols=True, disable=RANK > 0):
+        for t, actions in enumerate(torch.randint(envs.num_actions, rollout.actions.shape).numpy()):
+            rollout.next_frames[t] = torch.from_numpy(envs.step(actions)[0])
+        rnd.observe(rollout.next_frames)
+    rollout.start_episodes(envs.reset())
+
+
 def train(args: Args) -> Path | None:
     """Train, or continue a run; return the path of the last checkpoint. Under torchrun every process calls this.
 
@@ -727,16 +737,6 @@ def train(args: Args) -> Path | None:
             run.log(metrics, gather((episodes, envs.rooms.tolist())))
             run.keep(session.snapshot(run.progress))  # in case a signal comes; saved now and then
     return run.path
-
-
-def random_play(envs: VectorEnv, rollout: Rollout, rnd: RND, rollouts: int) -> None:
-    """Start the observation statistics with random actions, then start every environment anew [Burda, 2.4]."""
-    rollout.start_episodes(envs.reset())
-    for _ in tqdm(range(rollouts), "random play", unit="rollout", dynamic_ncols=True, disable=RANK > 0):
-        for t, actions in enumerate(torch.randint(envs.num_actions, rollout.actions.shape).numpy()):
-            rollout.next_frames[t] = torch.from_numpy(envs.step(actions)[0])
-        rnd.observe(rollout.next_frames)
-    rollout.start_episodes(envs.reset())
 
 
 # ---------------------- The algorithm ends here. What follows runs it. ------------------------------------------------
