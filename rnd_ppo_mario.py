@@ -510,6 +510,17 @@ class RND(nn.Module):
 # === 4. Rollout =======================================================================================================
 
 
+def stack_frames(frames: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
+    """Observations of consecutive steps: frames uint8 (T + 3, n, 84, 84), ages (T, n) -> uint8 (T * n, 4, 84, 84).
+
+    In channels_last memory, oldest frame first, zero where a frame is older than the episode [Burda's code].
+    """
+    steps = len(ages)
+    stacks = torch.stack([frames[k : k + steps] for k in range(4)], dim=-1)
+    inside = ages[..., None] >= torch.arange(3, -1, -1, device=ages.device)
+    return stacks.mul_(inside[:, :, None, None, :]).flatten(0, 1).permute(0, 3, 1, 2)
+
+
 class Rollout:
     """T steps of N environments. Frames are stored once, not as stacks of four.
 
@@ -566,17 +577,6 @@ class Rollout:
         self.dones[t, envs] = dones
         older = (self.ages[t, envs] + 1).clamp_(max=3)
         self.ages[t + 1, envs] = older * torch.from_numpy(~dones).to(self.device)
-
-
-def stack_frames(frames: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
-    """Observations of consecutive steps: frames uint8 (T + 3, n, 84, 84), ages (T, n) -> uint8 (T * n, 4, 84, 84).
-
-    In channels_last memory, oldest frame first, zero where a frame is older than the episode [Burda's code].
-    """
-    steps = len(ages)
-    stacks = torch.stack([frames[k : k + steps] for k in range(4)], dim=-1)
-    inside = ages[..., None] >= torch.arange(3, -1, -1, device=ages.device)
-    return stacks.mul_(inside[:, :, None, None, :]).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def act(logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ algorithm    the line of the heading `# === 7.`, where the algorithm ends
 tokens       tokens per code line; comments, docstrings, line ends and indentation do not count
 function     lines of the longest function or method
 loop         lines of the longest loop of `train`
-diff, hunks  changed lines and hunks of `diff` between the base script and this one
+diff, hunks  changed lines between the base script and this one, and the hunks of `diff -u`
 """
 
 import argparse
@@ -87,15 +87,14 @@ def end_of_algorithm(text: str) -> int | None:
 
 
 def diff_size(base: str, text: str) -> tuple[int, int]:
-    """Changed lines, and the hunks they form, as `diff` counts them."""
+    """Changed lines, and the hunks in which `diff -u` shows them."""
     with tempfile.TemporaryDirectory() as folder:
         a, b = Path(folder) / "a", Path(folder) / "b"
         a.write_text(base, "utf-8")
         b.write_text(text, "utf-8")
-        diff = subprocess.run(["diff", a, b], capture_output=True, text=True).stdout
-    changed = re.findall(r"^[<>]", diff, re.M)
-    hunks = re.findall(r"^\d", diff, re.M)
-    return len(changed), len(hunks)
+        plain = subprocess.run(["diff", a, b], capture_output=True, text=True).stdout
+        unified = subprocess.run(["diff", "-u", a, b], capture_output=True, text=True).stdout
+    return len(re.findall(r"^[<>]", plain, re.M)), len(re.findall(r"^@@", unified, re.M))
 
 
 def read(path: Path, commit: str) -> str:

@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import budgets
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -18,10 +19,24 @@ VARIANTS = {
     "rnd_ppo_atari_lstm": dict(
         lines=90, hunks=12, varying={"Args", "Agent", "Rollout", "collect", "play_episode", "train"}
     ),
-    "rnd_ppo_mario": dict(lines=150, hunks=10, varying={"Args", "Env", "check_game", "make_game"}),
+    "rnd_ppo_mario": dict(lines=170, hunks=8, varying={"Args", "Game"}),
 }
 SCRIPTS = [BASE, *VARIANTS]
-LINES = 1280
+# Below the line stands what users need besides the algorithm: it may be longer, but not denser.
+ALGORITHM, LINES, FUNCTION, LOOP, TOKENS = 720, 1580, 60, 30, 12.5
+SECTIONS = [
+    "Arguments",
+    "The game",
+    "Networks",
+    "Rollout",
+    "Update",
+    "Training",
+    "Workers",
+    "Log",
+    "Checkpoints",
+    "Play",
+    "Start",
+]
 
 
 def source(name: str) -> str:
@@ -41,31 +56,50 @@ def diff(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_sections(name):
-    titles = [
-        "Arguments",
-        "Environments",
-        "Networks",
-        "Rollout",
-        "Intrinsic reward",
-        "Update",
-        "Checkpoints",
-        "Play",
-        "Training",
-    ]
-    expected = [f"# === {i}. {title} " for i, title in enumerate(titles, 1)]
+def test_the_sections_are_the_same_in_all_scripts(name):
+    expected = [f"# === {i}. {title} " for i, title in enumerate(SECTIONS, 1)]
     found = re.findall(r"^# === .*$", source(name), re.M)
     assert [line.rstrip("=") for line in found] == expected
     assert {len(line) for line in found} == {120}
 
 
+def test_the_algorithm_comes_first_and_is_short():
+    assert budgets.end_of_algorithm(source(BASE)) <= ALGORITHM
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_scripts_are_not_dense(name):
+    text = source(name)
+    extra = VARIANTS[name]["lines"] if name in VARIANTS else 0
+    assert len(text.splitlines()) <= LINES + extra
+    assert budgets.tokens_per_line(text) <= TOKENS
+    assert budgets.longest_function(text)[0] <= FUNCTION
+    assert 0 < budgets.training_loop(text) <= LOOP
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_reader_meets_nothing_before_it_is_introduced(name):
+    """Up to the end of `train`, a name of the script is defined above its use, or announced by the docstring."""
+    tree = ast.parse(source(name))
+    end = budgets.end_of_algorithm(source(name))
+    announced = set(re.findall(r"\w+", ast.get_docstring(tree) or ""))
+    definitions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    introduced = set()
+    for node in tree.body:
+        if node.lineno >= end:
+            break
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            introduced.add(node.name)
+        used = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)} & definitions
+        assert used <= introduced | announced, f"line {node.lineno}: {used - introduced - announced}"
+    assert "train" in introduced
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_budget_of_the_diff(name):
-    plain = subprocess.run(["diff", f"{BASE}.py", f"{name}.py"], cwd=ROOT, capture_output=True, text=True).stdout
-    changed = re.findall(r"^[<>]", plain, re.M)
-    hunks = re.findall(r"^\d", plain, re.M)
-    assert 0 < len(changed) <= VARIANTS[name]["lines"], f"{len(changed)} changed lines"
-    assert len(hunks) <= VARIANTS[name]["hunks"], f"{len(hunks)} hunks"
+def test_the_difference_to_the_base_is_small(name):
+    lines, hunks = budgets.diff_size(source(BASE), source(name))
+    assert 0 < lines <= VARIANTS[name]["lines"]
+    assert 0 < hunks <= VARIANTS[name]["hunks"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -76,13 +110,10 @@ def test_same_names_are_the_same(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_length_and_share_of_prose(name):
+def test_a_fifth_of_the_lines_is_prose(name):
     lines = source(name).splitlines()
     prose = sum(line.lstrip().startswith("#") or "  # " in line for line in lines)
-    for node in ast.walk(ast.parse(source(name))):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            prose += (node.end_lineno or 0) - node.lineno + 1
-    assert len(lines) <= LINES
+    prose += len(budgets.docstring_lines(source(name)))
     assert prose >= len(lines) / 5, f"{prose} of {len(lines)}"
 
 
