@@ -791,7 +791,7 @@ class VectorEnv:
         self.groups = [slice(group.start, group.stop) for group in groups]
         self.workers: list[tuple[Any, Any, list[range]]] = []  # process, pipe, its part of each group
         num_workers = min(num_workers or cores(), num_envs)
-        method = "fork" if "fork" in torch.multiprocessing.get_all_start_methods() else "spawn"
+        method = "fork" if sys.platform == "linux" else "spawn"
         context: Any = torch.multiprocessing.get_context(method)
         atexit.register(self.close)  # workers ignore the SIGTERM that multiprocessing would send them
         try:
