@@ -1,6 +1,8 @@
-"""What the tests of the scripts share: one thread, runs of the real script, and what they left behind."""
+"""What the tests share: one thread, runs of the real script, and what they left behind."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 # A shell starts what runs in the background with SIGINT ignored, and every process the tests start would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+pytest.register_assert_rewrite("runs")
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "rnd_ppo_atari.py"
@@ -44,14 +47,95 @@ def base_run(tmp_path_factory):
     return run_script(f"{SMALL} {how}", cwd), cwd / "runs"
 
 
-@pytest.fixture(scope="session")
-def resumed_run(tmp_path_factory):
-    """The same three rollouts, but lost after the second and done again by another process with three workers.
+# Below, torch is imported late: the tests of fastops do without.
 
-    As if the first process had been killed in the third rollout's last moment: its curves are there, no checkpoint.
-    """
-    cwd = tmp_path_factory.mktemp("resumed")
-    how = "--total-rollouts 3 --num-workers 1 --int-return-filter forward --run-dir runs --save-interval 2"
-    run_script(f"{SMALL} {how}", cwd)
-    last_checkpoint(cwd / "runs").unlink()
-    return run_script("--num-workers 3 --run-dir runs --resume auto", cwd), cwd / "runs"
+
+@pytest.fixture
+def fails(monkeypatch, capsys, tmp_path):
+    """Run main() with arguments that cannot work; the line it ends with. No run, worker or network may come first."""
+    import rnd_ppo_atari as script
+
+    def never(*_, **__):
+        raise AssertionError("created before the arguments were checked")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("VectorEnv", "Agent", "SummaryWriter"):
+        monkeypatch.setattr(script, name, never)
+
+    def run(arguments):
+        before = set(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["rnd_ppo_atari.py", *arguments.split()])
+        assert script.main() == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert len(err.strip().splitlines()) == 1
+        assert set(tmp_path.rglob("*")) == before
+        return err.strip()
+
+    return run
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a run, with the arguments of Run after `cwd`. What is left of it at the end is killed and removed."""
+    if not Path("/proc/self/cwd").exists():
+        pytest.skip("looks for processes in /proc")
+    from runs import Run
+
+    runs = []
+
+    def start(*args, **kwargs):
+        runs.append(Run(tmp_path, *args, **kwargs))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        for pid in run.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.wait()
+    shutil.rmtree(tmp_path)  # checkpoints of 50 MB
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """The directory of the run that the others have to equal: one worker, never disturbed, all checkpoints kept."""
+    if not Path("/proc/self/cwd").exists():
+        pytest.skip("looks for processes in /proc")
+    from runs import QUICK, Run
+
+    run = Run(tmp_path_factory.mktemp("uninterrupted"), f"{QUICK} --num-workers 1 --keep-checkpoints 99")
+    run.ends()
+    yield run.directory
+    shutil.rmtree(run.cwd)
+
+
+@pytest.fixture
+def stopped(uninterrupted, tmp_path):
+    """Make the next run find one that stopped: stopped(2, 4) has the checkpoints of rollouts 2 and 4, and its curves
+    go further, as if it had been killed later. Returns its directory."""
+    from runs import checkpoint
+
+    def stopped(*rollouts):
+        directory = tmp_path / "runs" / uninterrupted.name
+        directory.mkdir(parents=True)
+        for path in (*uninterrupted.glob("events.*"), *(checkpoint(uninterrupted, n) for n in rollouts)):
+            shutil.copy(path, directory)
+        return directory
+
+    return stopped
+
+
+@pytest.fixture
+def resume(start, uninterrupted):
+    """Start the run again: it has to end as if nothing had been. resume(rollouts, more arguments) returns it."""
+    from runs import LENGTH, QUICK, assert_clean, assert_same_run
+
+    def resume(rollouts=LENGTH, more="", **differing):
+        run = start(f"{QUICK} --total-rollouts {rollouts} {more}")
+        run.ends()
+        assert_clean(run)
+        assert_same_run(run, uninterrupted, rollouts, **differing)
+        return run
+
+    return resume

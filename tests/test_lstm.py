@@ -186,24 +186,3 @@ def test_first_minibatch_has_ratio_one_and_the_state_goes_on():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_is_exact(precision, tmp_path):
-    """Four rollouts at once, or two and two with other workers: the same bits, the LSTM's state included."""
-    states = {}
-    for name, parts in dict(whole=[4], halves=[2, 4]).items():
-        for total in parts:
-            args = lstm.Args(num_envs=4, num_steps=8, obs_norm_rollouts=1, total_rollouts=total, precision=precision)
-            args.run_dir, args.lstm_size, args.num_workers = str(tmp_path / name), 32, total // 2
-            args.resume = "auto" if total != parts[0] else ""
-            path = lstm.train(args)
-        states[name] = lstm.load_checkpoint(path)
-    one, two = states["whole"], states["halves"]
-    for part in ("agent", "rnd"):
-        assert all(torch.equal(one[part][key], two[part][key]) for key in one[part])
-    seams = [state["ranks"][0]["seams"] for state in (one, two)]
-    assert len(seams[0]) == 3 and seams[0][2].shape == (2, 4, 32) and seams[0][2].any()
-    assert all(torch.equal(a, b) for a, b in zip(*seams, strict=True))
-    assert one["ranks"][0]["envs"] == two["ranks"][0]["envs"]

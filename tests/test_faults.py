@@ -1,0 +1,382 @@
+"""A run is never lost: every fault is done to a real run of the real game, which then ends as if nothing had been."""
+
+import contextlib
+import math
+import os
+import random
+import resource
+import signal
+import time
+
+import psutil
+import pytest
+from runs import (
+    QUICK,
+    assert_clean,
+    assert_same_run,
+    broken_emulator,
+    checkpoint,
+    curves,
+    die,
+    gates,
+    long_call,
+    not_finite,
+    slow_disk,
+)
+
+SIGNAL = 5.0  # seconds from SIGINT or SIGTERM to the exit
+NOTICE = 1.0  # seconds from the death of a worker to the exit
+
+QUIET = f"{QUICK} --save-interval 1000"  # nothing is saved before the end
+# The best mean is looked at with every save, and only there.
+UNSAVED = ["best_mean"]
+
+
+# --- Killed ---
+
+
+def killed_after(run, rollouts, seconds):
+    """SIGKILL to the run so long after its start; False if it has ended before."""
+    run.until(lambda: run.code is not None or run.stdout.count(", step ") >= rollouts)
+    time.sleep(seconds)
+    if run.code is not None:
+        return False
+    print(f"{run.kill():.3f} s until the workers were gone, checkpoints {run.saved()}")
+    return True
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(start, resume):
+    """SIGKILL after random times, again and again, and another number of workers each time; every save is slow, so
+    that many of the moments lie inside one. In the end: the run that was never disturbed."""
+    moments = random.Random(4)
+    for workers in (3, 1, 4, 2, 3, 1, 4, 2):
+        run = start(f"{QUICK} --num-workers {workers}", fault=(slow_disk, 0.1))
+        if not killed_after(run, moments.randint(0, 3), moments.uniform(0, 0.3)):
+            break
+    assert run.resumed
+    resume()
+
+
+@pytest.mark.slow
+def test_killed_at_every_kind_of_moment(start, resume):
+    """One run that dies once in each of its phases, right before or after each call that changes something on disk."""
+    phases = [
+        ("rollout", 4),
+        ("bonus", 1),
+        ("statistics", 2, True),
+        ("minibatch", 2),
+        ("curves", 5),
+        ("curves flushed", 3, True),
+        ("snapshot", 3),
+        ("checkpoint", 1, True),
+        ("checkpoint on disk", 1, True),
+        ("checkpoint renamed", 1),
+        ("checkpoint renamed", 1, True),
+        ("old checkpoint removed", 1, True),
+        ("curves cut", 1),
+        ("curves cut", 1, True),
+        ("restore", 1, True),
+    ]
+    for number, phase in enumerate(phases):
+        run = start(f"{QUICK} --num-workers {number % 3 + 1}", fault=(die, *phase))
+        run.dies()
+    assert run.resumed
+    resume()
+
+
+def test_killed_inside_a_save(start, stopped, uninterrupted):
+    """The half-made file is not taken for a checkpoint, and the next start removes it."""
+    stopped(2)
+    run = start(f"{QUICK} --total-rollouts 4", fault=(slow_disk, 60))
+    temporary = run.until_saving()
+    run.kill()
+    assert temporary.exists() and run.saved() == [2]
+    run = start(f"{QUICK} --num-workers 3 --total-rollouts 4")
+    run.until_said("going on from")
+    assert_clean(run)
+    run.ends()
+    assert_same_run(run, uninterrupted, 4)
+
+
+def test_killed_inside_the_first_save(start, resume):
+    """There is nothing to resume then; the next start begins a new run, and still leaves no temporary file."""
+    run = start(f"{QUICK} --total-rollouts 2", fault=(slow_disk, 60))
+    run.until_saving()
+    run.kill()
+    time.sleep(1)  # the directory's name has the second of its start
+    run = resume(2)
+    assert "new run" in run.stdout
+
+
+def test_killed_while_all_workers_are_at_work(start):
+    """Four workers that each hold copies of the main process's pipes see its end at once, again and again."""
+    times = []
+    for moment in (0.0, 0.05, 0.2):
+        run = start(f"{QUICK} --num-workers 4 --num-steps 512 --run-dir runs{moment}")
+        run.until_said("new run")
+        assert len(run.workers()) == 4
+        time.sleep(moment)
+        times.append(round(run.kill(), 3))
+    print(f"seconds until the workers were gone: {times}")
+
+
+# --- Signals ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everywhere", [False, True], ids=["main", "group"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_exits(start, resume, number, everywhere):
+    """Ctrl-C reaches the whole process group, and so does the SIGTERM of Slurm, systemd and torchrun; `kill` and
+    Kubernetes send it to the main process only. The real command line and its exit code."""
+    run = start(QUIET, command="python")
+    run.until_rollout(3)
+    (os.killpg if everywhere else os.kill)(run.pid, number)
+    took = run.ends(128 + number, SIGNAL)
+    print(f"{number.name}: {took:.2f} s to the exit, {run.saved()}")
+    assert number.name in run.stdout and "Traceback" not in run.stderr
+    [path] = run.offered
+    assert run.script.load_checkpoint(path)["progress"]["iteration"] >= 2  # 3 may have been in progress still
+    resume(more=f"--num-workers 3 --save-interval 1000 --resume {path if everywhere else 'auto'}", ignore=UNSAVED)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_inside_a_long_call_into_torch(start, resume, number):
+    """However long a rollout takes: what is saved is the state before it."""
+    run = start(f"{QUICK} --total-rollouts 4", fault=(long_call, 4))
+    run.until_said("inside torch")
+    assert run.saved() == [2]
+    time.sleep(0.5)
+    os.kill(run.pid, number)
+    took = run.ends(128 + number, SIGNAL)
+    print(f"{number.name} inside torch: {took:.2f} s to the exit")
+    assert "torch is back" not in run.stdout
+    assert run.saved() == [2, 3]
+    resume(4)
+
+
+def test_signal_inside_a_save(start, resume):
+    """The save that is going on ends first, and the file is whole."""
+    run = start(f"{QUICK} --total-rollouts 4", fault=(slow_disk, 1))
+    run.until_saving()
+    os.kill(run.pid, signal.SIGTERM)
+    run.ends(128 + signal.SIGTERM, SIGNAL)
+    assert run.saved() == [2]
+    resume(4)
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_stops_at_once(start, stopped, second):
+    """While the first one's save hangs on a slow disk; the checkpoint before it stays."""
+    stopped(2)
+    run = start(f"{QUIET} --total-rollouts 100", fault=(slow_disk, 60))
+    run.until_rollout(3)
+    os.kill(run.pid, signal.SIGINT)
+    run.until_saving()
+    assert run.code is None
+    os.kill(run.pid, second)
+    took = run.ends(128 + second, 1.0)
+    print(f"second signal: {took:.2f} s to the exit")
+    assert run.saved() == [2]
+    run.load(2)
+
+
+def test_signal_with_a_full_disk(start):
+    """Nothing can be saved: the line says so, or how to resume from the checkpoint that there is, not from None."""
+    run = start(f"{QUICK} --total-rollouts 1000")
+    run.until(run.saved)
+    run.limit_files(2**20)
+    os.kill(run.pid, signal.SIGTERM)
+    run.ends(128 + signal.SIGTERM, SIGNAL)
+    assert "warning: no checkpoint written" in run.said
+    assert "None" not in run.stdout
+    for path in run.offered:
+        run.script.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_before_the_first_rollout(start, number):
+    """There is nothing to save during the random play: it just ends, with the same exit code for the shell."""
+    run = start(f"{QUICK} --obs-norm-rollouts 100000", command="python")
+    run.until_said("random play")
+    os.killpg(run.pid, number)
+    code, took = run.wait(SIGNAL)
+    assert code in (128 + number, -number) and took < SIGNAL
+    run.nothing_left()
+    assert "Traceback" not in run.stderr
+
+
+# --- Workers ---
+
+
+def assert_worker_reported(run, cause, since):
+    """Exit code 1 within a second of `since`, nothing left, and a message that names worker, environments and cause."""
+    run.wait()
+    took = time.perf_counter() - since
+    run.ends(1)
+    error = run.stderr[run.stderr.index("error: ") :]
+    assert "worker 1 " in error and "[1, 3]" in error and cause in error, error
+    print(f"death of a worker: {took:.2f} s to the exit")
+    assert took < NOTICE
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["stepping", "during-update"])
+def test_worker_killed(start, stopped, resume, busy):
+    """While the environments step, and while the main process is busy with an update for a long time. The checkpoint
+    from before is not touched, and continuing gives the run that would have been."""
+    saved = checkpoint(stopped(2), 2)
+    before = saved.read_bytes()
+    run = start(f"{QUIET} --total-rollouts 10000", fault=(gates, 1) if busy else ())
+    run.until_said("gate 1" if busy else "rollout 3, step")
+    os.kill(run.workers()[1], signal.SIGKILL)
+    assert_worker_reported(run, "-9", time.perf_counter())
+    assert run.saved() == [2] and saved.read_bytes() == before
+    resume(4)
+
+
+@pytest.mark.parametrize("rollout", [0, 3], ids=["in-random-play", "in-training"])
+def test_emulator_raises(start, resume, rollout):
+    """The message has the worker's traceback; with a checkpoint from before, the run goes on from it."""
+    run = start(f"{QUICK} --total-rollouts 4", fault=(broken_emulator, 8 * rollout + 3))
+    run.until_said("the cartridge is dusty")
+    assert_worker_reported(run, "ValueError: the cartridge is dusty", time.perf_counter())
+    assert run.saved() == ([2] if rollout else [])
+    if rollout:
+        resume(4)
+
+
+# --- Disk ---
+
+
+def test_disk_full(start, uninterrupted):
+    """No file may grow beyond a mebibyte, as on a full disk, and later it may again: a warning, the earlier
+    checkpoint is intact, no temporary file stays, training goes on and the next save is tried."""
+    run = start(f"{QUICK} --keep-checkpoints 1 --total-rollouts 8", fault=(gates, 3, 6))
+    with run.at_gate(3):
+        before = checkpoint(run.directory, 2).read_bytes()
+        run.limit_files(2**20)
+    with run.at_gate(6):
+        assert "warning: no checkpoint written" in run.said
+        assert run.saved() == [2]
+        assert checkpoint(run.directory, 2).read_bytes() == before
+        assert_clean(run)
+        run.limit_files(resource.RLIM_INFINITY)
+    run.ends()
+    assert run.saved() == [8]
+    assert_same_run(run, uninterrupted, 8)
+
+
+def test_directory_gone_while_saving(start, uninterrupted):
+    """As when a network drive disconnects: a warning, training goes on, and saves again when it is back."""
+    run = start(f"{QUICK} --total-rollouts 8", fault=(gates, 3, 6))
+    with run.at_gate(3):
+        there, away = run.directory, run.cwd / "away"
+        there.rename(away)
+    with run.at_gate(6):
+        assert "warning: no checkpoint written" in run.said
+        assert not there.exists()
+        away.rename(there)
+    run.ends()
+    assert run.saved() == [2, 6, 8]
+    assert_same_run(run, uninterrupted, 8, events=False)  # TensorBoard has lost its file
+
+
+def test_event_file_unwritable_later(start, resume):
+    """No file may grow beyond what the event file has: a warning, training goes on without TensorBoard and ends well.
+    Resumed, the run has TensorBoard again."""
+    run = start(f"{QUIET} --total-rollouts 6", fault=(gates, 3, 5))
+    with run.at_gate(3):
+        [events] = run.directory.glob("events.out.tfevents.*")
+        assert events.stat().st_size > run.outputs[1].stat().st_size + 2000  # which has the same limit
+        run.limit_files(events.stat().st_size + 100)
+    with run.at_gate(5):
+        assert "warning: events cannot" in run.said
+        run.limit_files(resource.RLIM_INFINITY)
+    run.ends()
+    run = resume(8, events=False, ignore=UNSAVED)
+    assert [step // 32 for step, _ in curves(run.directory)["losses/policy_loss"]][-2:] == [7, 8]
+
+
+# --- Numbers ---
+
+
+@pytest.mark.parametrize(
+    "what, value, name",
+    [
+        ("loss", math.nan, "losses/predictor_loss"),
+        ("loss", math.inf, "losses/predictor_loss"),
+        ("gradient", math.nan, "rnd/largest_weight"),
+        ("bonus", math.nan, "rnd/int_reward_raw"),
+        ("bonus", math.inf, "rnd/int_reward_raw"),
+        ("frames", math.nan, "rnd/obs_std"),
+        ("int_returns", math.inf, "rnd/int_return_std"),
+    ],
+    ids=str,
+)
+def test_not_finite(start, resume, what, value, name):
+    """It stops in that rollout and names where it began, before any checkpoint holds it; the run can go on from the
+    last one."""
+    run = start(f"{QUICK} --total-rollouts 4", fault=(not_finite, what, 4, value))
+    run.ends(1)
+    error = run.error()
+    assert "rollout 4" in error and name in error, error
+    assert run.saved() == [2]
+    resume(4)
+
+
+# --- Several processes ---
+
+
+RANKS = "torchrun --standalone --nproc-per-node 2 --max-restarts"
+
+
+def rank_process(run, rank):
+    """The process of this rank, a child of torchrun."""
+    for process in psutil.Process(run.pid).children():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("RANK") == str(rank):
+                return process.pid
+    return None
+
+
+@pytest.mark.slow
+def test_rank_killed_and_group_restarted(start):
+    """Both ranks in turn; the group goes on from the last checkpoint and ends as one that was never disturbed."""
+    run = start(f"{QUICK} --num-workers 1 --keep-checkpoints 99 --total-rollouts 6", command=f"{RANKS} 0")
+    run.ends()
+    reference = run.set_aside()
+    run = start(f"{QUICK} --num-workers 1 --total-rollouts 6", command=f"{RANKS} 2")
+    for rank, saved in ((1, 2), (0, 4)):
+        run.until(lambda saved=saved: saved in run.saved())
+        os.kill(rank_process(run, rank), signal.SIGKILL)
+    run.ends()
+    assert len(run.resumed) == 2
+    assert_clean(run)
+    assert_same_run(run, reference, 6)
+
+
+@pytest.mark.slow
+def test_rank_killed_without_restarts(start):
+    """The group fails, nothing stays, and the checkpoint is whole."""
+    run = start(f"{QUICK} --num-workers 1 --total-rollouts 1000", command=f"{RANKS} 0")
+    run.until(run.saved)
+    os.kill(rank_process(run, 1), signal.SIGKILL)
+    code, took = run.wait()
+    assert code == 1
+    run.nothing_left(5.0)
+    print(f"death of a rank: {took:.2f} s to the exit of torchrun")
+    run.load(run.saved()[-1])
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun(start):
+    """A pre-empted node: torchrun passes the signal on to every process of its ranks; the run is saved."""
+    run = start(f"{QUIET} --num-workers 1 --total-rollouts 1000", command=f"{RANKS} 0")
+    run.until_rollout(3)
+    os.kill(run.pid, signal.SIGTERM)
+    run.until(run.saved, SIGNAL)
+    run.wait()
+    run.nothing_left(5.0)
+    state = run.load(run.saved()[-1])
+    assert state["progress"]["iteration"] >= 2 and len(state["ranks"]) == 2
