@@ -1,5 +1,6 @@
 """The algorithm: numbers of the specification, toy environments that end where it hurts, counts of what is used."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -11,21 +12,18 @@ import fastops
 import rnd_ppo_atari as script
 from rnd_ppo_atari import (
     METRICS,
+    RND,
     Agent,
     Args,
-    RNDModel,
     Rollout,
     VectorEnv,
     act,
     advantages_and_returns,
     collect,
-    intrinsic_reward,
     losses,
     merge_batch,
     minibatch,
-    normalize_frames,
-    optimization_step,
-    scale_int_rewards,
+    rollout_metrics,
     stack_frames,
     update,
 )
@@ -50,7 +48,7 @@ class ScriptedEnvs:
         self.num_actions, self.num_envs, self.workers = num_actions, n, []
         self.groups = [slice(int(g[0]), int(g[-1]) + 1) for g in np.array_split(range(n), num_groups)]
         self.time, self.pending, self.sent = [0] * num_groups, [False] * num_groups, np.full((steps, n), -1)
-        self.resets, self.warm_up = 0, []
+        self.resets, self.warm_up, self.rooms = 0, [], np.full(n, -1)
 
     def images(self, values):
         return np.broadcast_to(np.asarray(values, np.uint8)[:, None, None], (len(values), 84, 84)).copy()
@@ -116,8 +114,21 @@ def observations(batch):
 
 def started(envs, num_steps):
     rollout = Rollout(num_steps, envs.num_envs)
-    rollout.start(envs.reset())
+    rollout.start_episodes(envs.reset())
     return rollout
+
+
+def whitening_by(std):
+    """An RND whose normalisation only divides by `std`."""
+    rnd = RND()
+    rnd.obs_rms = fastops.RunningMeanStd((84, 84), count=1.0)  # mean 0, variance 1
+    rnd.obs_rms.var *= std**2
+    return rnd
+
+
+def no_targets(rollout):
+    names = ("advantages", "returns", "int_returns")
+    return {name: torch.zeros(rollout.num_steps, rollout.num_envs) for name in names}
 
 
 def seen_stack(obs):
@@ -137,13 +148,11 @@ def test_observations_next_frames_and_ends_are_aligned():
     collect(agent, envs, rollout)
     stacks = [seen_stack(obs[0]) for obs in agent.seen]
     assert stacks == [[0, 0, 0, 10], [0, 0, 10, 20], [0, 0, 0, 100], [0, 0, 100, 110]]  # the last for the bootstrap
-    assert rollout.frames[4:, 0, 0, 0].tolist() == [20, 100, 110]
+    assert rollout.next_frames[:, 0, 0, 0].tolist() == [20, 100, 110]
     assert rollout.dones[:, 0].tolist() == [0, 1, 0]
     np.testing.assert_array_equal(rollout.actions, envs.sent[:3])
 
-    obs_rms = fastops.RunningMeanStd((84, 84), count=1.0)  # mean 0, variance 1
-    obs_rms.var *= 100.0**2
-    batch = minibatch(rollout, {}, torch.tensor([0]), obs_rms, 1.0, 0.1)
+    batch = minibatch(rollout, no_targets(rollout), whitening_by(100.0), torch.tensor([0]), Args(num_envs=1))
     assert [seen_stack(obs) for obs in observations(batch)] == stacks[:3]  # trained on what was seen
     assert sorted(batch["rnd_obs"][:, 0, 0, 0].mul(100).round().tolist()) == [20, 100, 110]
 
@@ -218,7 +227,7 @@ def test_actions_follow_the_policy_and_carry_its_logprobs():
 
 
 def test_greedy_is_the_most_probable_action():
-    actions, logprobs, *_ = act(Fixed([0.1, 0.3, 0.2]), (torch.zeros(1, 4, 84, 84),), torch.zeros(1, 3))
+    actions, logprobs = act(torch.tensor([[0.1, 0.3, 0.2]]), torch.zeros(1, 3))
     assert actions.tolist() == [1]
     close(logprobs, torch.tensor([0.1, 0.3, 0.2]).log_softmax(0)[1:2])
 
@@ -270,6 +279,17 @@ def test_the_games_stream_ends_with_the_episode_and_the_intrinsic_one_does_not()
     close(intrinsic, [(0.99 * 0.95) ** 2 * last, 0.99 * 0.95 * last, last], 1e-5)
 
 
+def test_death_costs_future_bonus_only_on_demand():
+    """--int-episodic: the intrinsic stream ends with the episode, too. Off by default, as in the paper."""
+    rollout = rollout_of(np.zeros((2, 1)), [[1], [0]], np.zeros((3, 1)), [[0.0], [0.0], [10.0]])
+    int_rewards = np.array([[0], [1]], np.float32)
+    for int_episodic, first in ((False, 0.99 * 0.95 * (1 + 0.99 * 10)), (True, 0)):
+        args = Args(ext_coef=0, int_episodic=int_episodic)
+        advantages = advantages_and_returns(rollout, int_rewards, args)["advantages"][:, 0]
+        close(advantages, [first, 1 + 0.99 * 10], 1e-5)
+    assert Args().int_episodic is False
+
+
 # --- The bonus and its scale ---
 
 R1 = np.array([[1, 2, 0.5], [0.2, 0, 4]], np.float32).T.copy()
@@ -293,13 +313,13 @@ def discounted(rewards, gamma=0.99):
 
 def test_forward_scale_is_that_of_the_specification():
     """D2: a filter along time that is never reset, and a variance cumulative over the run."""
-    args, carry, rms = Args(int_return_filter="forward"), np.zeros(2), fastops.RunningMeanStd(())
-    one = scale_int_rewards(R1, carry, rms, args)
-    close(rms.std, 1.603206232, 1e-8)
-    close(carry, [3.4601, 4.19602], 1e-6)
+    rnd = RND(int_return_filter="forward")
+    one = rnd.scale(R1)
+    close(rnd.int_return_rms.std, 1.603206232, 1e-8)
+    close(rnd.carry, [3.4601, 4.19602], 1e-6)
     close(one.T, [[0.623750, 1.247500, 0.311875], [0.124750, 0, 2.495000]])
-    two = scale_int_rewards(R2, carry, rms, args)
-    close(rms.std, 2.452470982, 1e-8)
+    two = rnd.scale(R2)
+    close(rnd.int_return_rms.std, 2.452470982, 1e-8)
     close(two.T, [[1.223256, 0.040775, 0.040775], [0.407752, 0.407752, 0.407752]])
     assert one.dtype == two.dtype == np.float32
 
@@ -307,12 +327,13 @@ def test_forward_scale_is_that_of_the_specification():
 def test_backward_scale_is_that_of_its_definition():
     """Backward in time from zero at the end of each rollout; the variance is cumulative over the run (D2: 1.281547 and
     1.468771). The mean is not subtracted: bonuses stay positive."""
-    args, carry, rms = Args(), np.full(2, 123.0), fastops.RunningMeanStd(())
+    rnd = RND()
+    rnd.carry = np.full(2, 123.0)
     for rollouts, published in (([R1], 1.281547), ([R1, R2], 1.468771)):
-        scaled = scale_int_rewards(rollouts[-1], carry, rms, args)
+        scaled = rnd.scale(rollouts[-1])
         expected = pooled_std([discounted(rewards) for rewards in rollouts])
-        close(rms.std, expected, 1e-9)
-        close(rms.std, published)
+        close(rnd.int_return_rms.std, expected, 1e-9)
+        close(rnd.int_return_rms.std, published)
         close(scaled, rollouts[-1] / expected)
 
 
@@ -320,13 +341,12 @@ def test_backward_scale_is_that_of_its_definition():
 def test_an_environment_without_bonus_stays_at_zero(int_return_filter):
     """The filter runs along time. Run over the environments, as CleanRL did, the silent one takes over its neighbour's
     sums."""
-    args = Args(int_return_filter=int_return_filter)
+    rnd = RND(int_return_filter=int_return_filter)
     bonus = np.random.default_rng(0).random((6, 3), np.float32)
     bonus[:, 1] = 0
-    carry, rms = np.zeros(3), fastops.RunningMeanStd(())
     sums, seen = np.zeros(3), []
     for _ in range(3):
-        scaled = scale_int_rewards(bonus, carry, rms, args)
+        scaled = rnd.scale(bonus)
         assert (scaled[:, 1] == 0).all()
         assert (scaled[:, [0, 2]] > 0).all()
         if int_return_filter == "backward":
@@ -335,14 +355,14 @@ def test_an_environment_without_bonus_stays_at_zero(int_return_filter):
             for row in bonus:
                 sums = 0.99 * sums + row
                 seen.append(sums)
-        assert carry[1] == 0
-        assert carry[0] > 0
-        close(rms.std, pooled_std(seen), 1e-6)
+        assert rnd.carry[1] == 0
+        assert rnd.carry[0] > 0
+        close(rnd.int_return_rms.std, pooled_std(seen), 1e-6)
 
 
 def test_the_bonus_is_the_mean_square_of_the_difference():
     """D4: 1.5 where two ports have 3, the sum over two."""
-    rnd = RNDModel()
+    rnd = RND()
     rnd.target = Function(lambda x: torch.tensor([[1.0, -1, 0, 2]]).expand(len(x), -1))
     rnd.predictor = Function(lambda x: torch.tensor([[0.0, -1, 1, 0]]).expand(len(x), -1))
     assert rnd(torch.zeros(3, 1, 84, 84)).tolist() == [1.5] * 3
@@ -351,9 +371,9 @@ def test_the_bonus_is_the_mean_square_of_the_difference():
 def test_every_next_frame_gets_its_own_bonus():
     """More frames than go through the networks at once, in the order (T, N)."""
     frames = torch.randint(256, (60, 20, 1, 1), dtype=torch.uint8).expand(-1, -1, 84, 84).contiguous()
-    rms = fastops.RunningMeanStd((84, 84), count=1.0)
-    rms.var *= 100.0**2
-    bonus = intrinsic_reward(Function(lambda x: x.mean((1, 2, 3))), frames, rms)
+    rnd = whitening_by(100.0)
+    rnd.predictor, rnd.target = Function(lambda x: x.mean((1, 2, 3))[:, None].sqrt()), Function(lambda x: 0.0)
+    bonus = rnd.bonus(frames)
     assert bonus.dtype == np.float32
     close(bonus, frames[:, :, 0, 0].numpy() / 100, 1e-5)
 
@@ -379,13 +399,12 @@ def test_warm_up_statistics_are_those_of_all_frames_at_once():
 
 def test_frames_are_normalised_as_on_other_devices():
     """The CPU's compiled path against the formula of the other one: no epsilon, clipped at 5."""
-    rng = np.random.default_rng(0)
-    rms = fastops.RunningMeanStd((84, 84))
-    rms.update(rng.integers(100, 140, size=(50, 84, 84), dtype=np.uint8))
+    rng, rnd = np.random.default_rng(0), RND()
+    rnd.obs_rms.update(rng.integers(100, 140, size=(50, 84, 84), dtype=np.uint8))
     frames = torch.from_numpy(rng.integers(256, size=(20, 84, 84), dtype=np.uint8))
-    mean, std = torch.from_numpy(rms.mean), torch.from_numpy(rms.var).sqrt()
+    mean, std = torch.from_numpy(rnd.obs_rms.mean), torch.from_numpy(rnd.obs_rms.var).sqrt()
     expected = ((frames - mean) / std).clamp(-5, 5).float()
-    actual = normalize_frames(frames, rms)
+    actual = rnd.normalize(frames)
     assert actual.shape == (20, 1, 84, 84)
     assert actual.dtype == torch.float32
     close(actual[:, 0], expected, 1e-6)
@@ -395,11 +414,10 @@ def test_frames_are_normalised_as_on_other_devices():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_frames_are_normalised_alike_on_the_cpu_and_on_cuda():
-    rng = np.random.default_rng(0)
-    rms = fastops.RunningMeanStd((84, 84))
-    rms.update(rng.integers(100, 140, size=(50, 84, 84), dtype=np.uint8))
+    rng, rnd = np.random.default_rng(0), RND()
+    rnd.obs_rms.update(rng.integers(100, 140, size=(50, 84, 84), dtype=np.uint8))
     frames = torch.from_numpy(rng.integers(256, size=(20, 84, 84), dtype=np.uint8))
-    close(normalize_frames(frames.cuda(), rms).cpu(), normalize_frames(frames, rms), 1e-6)
+    close(rnd.normalize(frames.cuda()).cpu(), rnd.normalize(frames), 1e-6)
 
 
 # --- Losses ---
@@ -419,7 +437,7 @@ ENTROPY = 0.832396  # of softmax([0, 1, 2])
 
 
 def batch_of_the_specification():
-    """D4 as a batch of four samples, and an agent and RND model that answer it with the specification's numbers.
+    """D4 as a batch of four samples, and an agent and RND that answer it with the specification's numbers.
 
     All four samples have the entropy of the logits 0, 1, 2; the two samples of each value head come twice.
     """
@@ -435,7 +453,6 @@ def batch_of_the_specification():
         values=torch.tensor([0.8, 0.9] * 2),
         int_values=torch.tensor([0.0, 0.45] * 2),
         rnd_obs=torch.zeros(2, 1, 84, 84),  # the predictor's share: errors .4 and .2 of [.4, .8, .2, 1]
-        clip=torch.tensor(0.1),
     )
     agent = Function(lambda obs: (logits.float() + 7, values, int_values))  # + 7: logits are not log-probabilities
     return agent, Function(lambda x: torch.tensor([0.4, 0.2])), batch
@@ -444,7 +461,7 @@ def batch_of_the_specification():
 def test_losses_are_those_of_the_specification():
     """D4, every number and their sum, with the defaults: among them a value loss that is half the mean square for each
     head, no normalised advantages, no clipped values, an entropy that is rewarded."""
-    loss, metrics = losses(*batch_of_the_specification(), Args())
+    loss, metrics = losses(*batch_of_the_specification(), 0.1, Args())
     expected = dict(policy_loss=0.375, value_loss=0.125, int_value_loss=0.1, predictor_loss=0.3)
     expected |= dict(entropy=0.832396, approx_kl=0.018984, clipfrac=0.75)
     assert dict(zip(METRICS, metrics.tolist(), strict=True)) == pytest.approx(expected, abs=2e-6)
@@ -454,11 +471,11 @@ def test_losses_are_those_of_the_specification():
 def test_weights_of_the_losses():
     """Each coefficient multiplies its own loss: CleanRL's help texts had two of them swapped."""
     agent, rnd, batch = batch_of_the_specification()
-    loss, metrics = losses(agent, rnd, batch, Args(ent_coef=0.1, vf_coef=2.0))
+    loss, metrics = losses(agent, rnd, batch, 0.1, Args(ent_coef=0.1, vf_coef=2.0))
     assert metrics[1:3].tolist() == pytest.approx([0.5, 0.4], abs=2e-6)
     assert loss.item() == pytest.approx(0.375 - 0.1 * ENTROPY + 0.5 + 0.4 + 0.3, abs=2e-6)
-    batch["clip"] = torch.tensor(0.25)  # ratios 1.2, .8, 1 and 1.3: one is clipped, to where it costs less
-    _, metrics = losses(agent, rnd, batch, Args())
+    # Ratios 1.2, .8, 1 and 1.3: one is clipped, to where it costs less.
+    _, metrics = losses(agent, rnd, batch, 0.25, Args())
     assert metrics[METRICS.index("policy_loss")].item() == pytest.approx((-1.2 + 1.6 - 0.5 + 1.3) / 4, abs=2e-6)
     assert metrics[METRICS.index("clipfrac")].item() == 0.25
 
@@ -469,7 +486,7 @@ def test_advantages_are_normalised_on_demand_only():
     advantages = (advantages - advantages.mean()) / advantages.std(ddof=1)
     ratios = np.array([1.2, 0.8, 1.0, 1.3])
     expected = np.maximum(-advantages * ratios, -advantages * ratios.clip(0.9, 1.1)).mean()
-    _, metrics = losses(agent, rnd, batch, Args(norm_adv=True))
+    _, metrics = losses(agent, rnd, batch, 0.1, Args(norm_adv=True))
     assert metrics[0].item() == pytest.approx(expected, abs=2e-6)
     assert abs(expected - 0.375) > 0.1
     assert Args().norm_adv is False
@@ -478,31 +495,34 @@ def test_advantages_are_normalised_on_demand_only():
 def test_value_losses_are_clipped_on_demand_only():
     """Both heads, around the rollout's value, and the larger of the two errors counts."""
     agent, rnd, batch = batch_of_the_specification()
-    _, metrics = losses(agent, rnd, batch, Args(clip_vloss=True))
+    _, metrics = losses(agent, rnd, batch, 0.1, Args(clip_vloss=True))
     # .5 from .8 is clipped to .7 (error .3 < .5); 1.5 from .9 to 1 (error 0 < .5). .2 from 0 to .1; .4 from .45 stays.
     assert metrics[1].item() == pytest.approx(0.5 * (0.25 + 0.25) / 2, abs=2e-6)
     assert metrics[2].item() == pytest.approx(0.5 * (0.04 + 0.36) / 2, abs=2e-6)
     batch["values"], batch["int_values"] = torch.tensor([0.0, 1.8] * 2), torch.tensor([0.6, 0.1] * 2)
-    _, metrics = losses(agent, rnd, batch, Args(clip_vloss=True))
+    _, metrics = losses(agent, rnd, batch, 0.1, Args(clip_vloss=True))
     # .5 from 0 to .1 (error .9 > .5); 1.5 from 1.8 to 1.7 (error .7 > .5). .2 from .6 to .5; .4 from .1 to .2.
     assert metrics[1].item() == pytest.approx(0.5 * (0.81 + 0.49) / 2, abs=2e-6)
     assert metrics[2].item() == pytest.approx(0.5 * (0.25 + 0.64) / 2, abs=2e-6)
-    _, metrics = losses(agent, rnd, batch, Args())
+    _, metrics = losses(agent, rnd, batch, 0.1, Args())
     assert metrics[1:3].tolist() == pytest.approx([0.125, 0.1], abs=2e-6)
 
 
 @pytest.mark.parametrize("max_grad_norm, factor", [(0.0, 1.0), (1.0, 0.2), (10.0, 1.0)])
-def test_gradients_are_clipped_on_demand_only_and_together(max_grad_norm, factor):
+def test_gradients_are_clipped_on_demand_only_and_together(monkeypatch, max_grad_norm, factor):
     """One norm over policy and predictor, here 5; 0, the default, never clips."""
     agent, rnd = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     params = [agent.weight, rnd.weight]
     before = [p.item() for p in params]
 
-    def slopes(agent, rnd, batch, args):
+    def slopes(agent, rnd, *_):
         return 3 * agent.weight.sum() + 4 * rnd.weight.sum(), torch.zeros(len(METRICS))
 
+    monkeypatch.setattr(script, "minibatch", lambda *_: {})
+    monkeypatch.setattr(script, "losses", slopes)
     optimizer = torch.optim.SGD(params, lr=1.0)
-    optimization_step(agent, rnd, optimizer, {}, Args(max_grad_norm=max_grad_norm), slopes)
+    args = Args(max_grad_norm=max_grad_norm, update_epochs=1, num_minibatches=1)
+    update(agent, rnd, optimizer, Rollout(1, 1), {}, 0.1, args)
     steps = [b - p.item() for b, p in zip(before, params, strict=True)]
     close(steps, [3 * factor, 4 * factor], 1e-5)
     assert Args().max_grad_norm == 0
@@ -510,10 +530,20 @@ def test_gradients_are_clipped_on_demand_only_and_together(max_grad_norm, factor
 
 def test_explained_variance():
     """D4; and 1 of a perfect prediction, 0 of a constant one. The value of the bootstrap does not count."""
-    values, returns = torch.tensor([[1.0], [2], [3], [4], [77]]), np.array([[1.5], [1.5], [3.5], [5]], np.float32)
-    assert script.explained_variance(values, returns) == pytest.approx(0.863309, abs=2e-6)
-    assert script.explained_variance(values, values[:-1].numpy()) == 1
-    assert script.explained_variance(torch.ones(5, 1), returns) == pytest.approx(0, abs=1e-6)
+    returns = torch.tensor([[1.5], [1.5], [3.5], [5.0]])
+    rollout = Rollout(4, 1)
+    rollout.values[:] = torch.tensor([[1.0], [2], [3], [4], [77]])
+    rollout.int_values[:] = 1.0
+    _, rnd, optimizer = real_parts()
+
+    def metrics(**targets):
+        return rollout_metrics(rollout, targets, np.zeros((4, 1)), np.zeros((4, 1)), rnd, optimizer)
+
+    found = metrics(returns=returns, int_returns=returns)
+    assert found["losses/explained_variance"] == pytest.approx(0.863309, abs=2e-6)
+    assert found["losses/int_explained_variance"] == pytest.approx(0, abs=1e-6)
+    found = metrics(returns=rollout.values[:-1], int_returns=returns)
+    assert found["losses/explained_variance"] == pytest.approx(1)
 
 
 # --- Networks ---
@@ -539,7 +569,7 @@ def test_sizes_and_initial_weights_of_the_networks():
     def size(module):
         return sum(p.numel() for p in module.parameters())
 
-    agent, rnd = make_agent(), RNDModel()
+    agent, rnd = make_agent(), RND()
     assert (size(agent), size(rnd.target), size(rnd.predictor)) == (1_407_476, 1_677_984, 2_203_296)
     assert [p.requires_grad for p in rnd.target.parameters()] == [False] * 8
     assert all(p.requires_grad for p in [*rnd.predictor.parameters(), *agent.parameters()])
@@ -570,7 +600,7 @@ def test_the_networks_compute_what_the_paper_draws():
     """Residual branches x + relu(fc(x)), both values from one of them; input / 255; slope .2 in the RND networks, and
     no activation at their end."""
     torch.manual_seed(0)
-    agent, rnd = make_agent(5), RNDModel()
+    agent, rnd = make_agent(5), RND()
     for p in [*agent.parameters(), *rnd.parameters()]:
         p.data += 0.01 * torch.randn_like(p)  # biases count
     obs = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
@@ -607,10 +637,10 @@ def test_bfloat16_changes_the_policy_a_little_and_its_outputs_type_not_at_all():
 
 
 def real_parts(num_actions=18, sharp=30.0):
-    """Agent, RND model and optimiser; the heads `sharp` times as large as at the start, so that actions and values
+    """Agent, RND and optimiser; the heads `sharp` times as large as at the start, so that actions and values
     depend on what is seen and a misplaced one shows."""
     torch.manual_seed(0)
-    agent, rnd = make_agent(num_actions), RNDModel()
+    agent, rnd = make_agent(num_actions), RND()
     with torch.no_grad():
         for head in (agent.policy_head, agent.value_head, agent.int_value_head):
             head.weight *= sharp
@@ -618,14 +648,26 @@ def real_parts(num_actions=18, sharp=30.0):
     return agent, rnd, torch.optim.Adam(params, lr=1e-4, eps=1e-8, fused=True)
 
 
-def test_the_first_minibatch_has_ratio_one():
+def test_the_first_minibatch_has_ratio_one(monkeypatch):
     """Over several rollouts of the real game with ends inside: what is trained on is exactly what was acted on. Stale
     or misaligned observations, actions, values or weights move the ratio away from 1."""
     agent, rnd, optimizer = real_parts()
-    envs, args = VectorEnv("ALE/MontezumaRevenge-v5", 8, num_workers=1, max_episode_steps=7), Args()
-    rollout, rms = Rollout(16, 8), fastops.RunningMeanStd((84, 84))
-    try:
-        rollout.start(envs.reset())
+    envs, args = VectorEnv("ALE/MontezumaRevenge-v5", 8, num_workers=1, max_episode_steps=7), Args(num_envs=8)
+    rollout, seen = Rollout(16, 8), []
+
+    def noting(agent, rnd, batch, *rest):
+        with torch.no_grad():
+            logits, values, int_values = agent(*batch["inputs"])
+        logprobs = logits.log_softmax(-1).gather(-1, batch["actions"][:, None])[:, 0]
+        differences = logprobs - batch["logprobs"], values - batch["values"], int_values - batch["int_values"]
+        loss, metrics = losses(agent, rnd, batch, *rest)
+        kl = metrics[METRICS.index("approx_kl")].item()
+        seen.append((max(d.abs().max().item() for d in differences), kl))
+        return loss, metrics
+
+    monkeypatch.setattr(script, "losses", noting)
+    with contextlib.closing(envs):
+        rollout.start_episodes(envs.reset())
         previous = None
         for iteration in range(3):
             collect(agent, envs, rollout)
@@ -634,30 +676,16 @@ def test_the_first_minibatch_has_ratio_one():
                 close(rollout.values[0], previous[0], 1e-5)
                 close(rollout.int_values[0], previous[1], 1e-5)
             previous = rollout.values[-1].clone(), rollout.int_values[-1].clone()
-            merge_batch(rms, rollout.frames[4:].numpy())
+            rnd.observe(rollout.next_frames)
             int_rewards = np.random.default_rng(iteration).random((16, 8), np.float32)
             targets = advantages_and_returns(rollout, int_rewards, args)
-            seen = []
-
-            def noting(agent, rnd, batch, args, seen=seen):
-                with torch.no_grad():
-                    logits, values, int_values = agent(*batch["inputs"])
-                logprobs = logits.log_softmax(-1).gather(-1, batch["actions"][:, None])[:, 0]
-                differences = logprobs - batch["logprobs"], values - batch["values"], int_values - batch["int_values"]
-                loss, metrics = losses(agent, rnd, batch, args)
-                kl = metrics[METRICS.index("approx_kl")].item()
-                seen.append((max(d.abs().max().item() for d in differences), kl))
-                return loss, metrics
-
-            spread = rollout.logprobs.std()
-            assert spread > 1e-3, "a policy that is the same everywhere would hide a mistake"
+            assert rollout.logprobs.std() > 1e-3, "a policy that is the same everywhere would hide a mistake"
             if iteration > 0:
-                update(agent, rnd, optimizer, rollout, targets, rms, 1.0, 0.1, args, noting)
+                seen.clear()
+                update(agent, rnd, optimizer, rollout, targets, 0.1, args)
                 assert seen[0][0] < 1e-5
                 assert seen[0][1] < 1e-10
                 assert seen[-1][1] > 1e-8  # later ones have moved
-    finally:
-        envs.close()
 
 
 def numbered_rollout(num_steps, n):
@@ -671,30 +699,30 @@ def numbered_rollout(num_steps, n):
     rollout.logprobs[:] = -number / 100
     rollout.values[:-1], rollout.int_values[:-1] = number + 0.25, number + 0.5
     names = ("advantages", "returns", "int_returns")
-    targets = {name: (number * 10 + k).float().numpy() for k, name in enumerate(names)}
-    rms = fastops.RunningMeanStd((84, 84), count=1.0)
-    rms.var *= 1000.0**2
-    return rollout, targets, rms
+    targets = {name: (number * 10 + k).float() for k, name in enumerate(names)}
+    return rollout, targets, whitening_by(1000.0)
 
 
 @pytest.mark.parametrize("num_steps, n, proportion", [(8, 8, 0.25), (5, 12, 0.38), (7, 4, 1.0), (8, 8, 0.01)])
-def test_every_sample_is_used_once_in_every_pass(num_steps, n, proportion):
+def test_every_sample_is_used_once_in_every_pass(monkeypatch, num_steps, n, proportion):
     """Whole environments, in another order each time, all arrays of a sample together; 16 optimiser steps in all. The
     predictor's share: exactly round(p * count) next frames of the minibatch, none twice, drawn anew every time."""
     torch.manual_seed(1)
-    rollout, targets, rms = numbered_rollout(num_steps, n)
+    rollout, targets, rnd = numbered_rollout(num_steps, n)
     batches = []
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
 
-    def noting(agent, rnd, batch, args):
+    def noting(agent, rnd, batch, clip, args):
         batches.append(batch)
+        assert clip == 0.1
         return weight.sum(), torch.full((len(METRICS),), float(len(batches)))
 
-    metrics = update(None, None, optimizer, rollout, targets, rms, proportion, 0.1, Args(), noting)
+    monkeypatch.setattr(script, "losses", noting)
+    metrics = update(None, rnd, optimizer, rollout, targets, 0.1, Args(predictor_proportion=proportion))
     assert len(batches) == 16
     assert weight.item() == pytest.approx(-1.6)  # 16 steps
-    assert metrics == pytest.approx(dict.fromkeys(METRICS, 8.5))  # the mean over them
+    assert metrics == pytest.approx({f"losses/{name}": 8.5 for name in METRICS})  # the mean over them
     orders = []
     for batch in batches:
         numbers = (batch["advantages"] / 10).round().long()
@@ -709,7 +737,6 @@ def test_every_sample_is_used_once_in_every_pass(num_steps, n, proportion):
         close(batch["int_values"], numbers + 0.5)
         newest = torch.where(numbers < n, 255, numbers - n)  # the next frame of the step before
         close(observations(batch)[:, 3, 0, 0], newest)
-        assert batch["clip"].item() == pytest.approx(0.1)
         share = (batch["rnd_obs"][:, 0, 0, 0] * 1000).round().long().tolist()
         assert len(set(share)) == len(share) == max(1, round(proportion * count))
         assert set(share) <= set(numbers.tolist())
@@ -724,11 +751,10 @@ def test_shares_of_the_same_minibatch_are_fresh_and_even():
     """A share drawn once for all, or always the first samples, would train the predictor on the same frames for ever.
     Within four standard deviations every sample has the same chance."""
     torch.manual_seed(0)
-    rollout, targets, rms = numbered_rollout(16, 4)
-    targets = {name: torch.from_numpy(array) for name, array in targets.items()}
+    rollout, targets, rnd = numbered_rollout(16, 4)
     counts, draws = torch.zeros(64), 400
     for _ in range(draws):
-        batch = minibatch(rollout, targets, torch.arange(4), rms, 0.25, 0.1)
+        batch = minibatch(rollout, targets, rnd, torch.arange(4), Args(predictor_proportion=0.25))
         counts[(batch["rnd_obs"][:, 0, 0, 0] * 1000).round().long()] += 1
     assert counts.sum() == draws * 16
     deviation = math.sqrt(draws * 0.25 * 0.75)
@@ -740,7 +766,7 @@ def test_only_the_share_goes_through_the_rnd_networks_and_only_the_predictor_lea
     """Computing all errors and masking them would cost four times as much at 128 environments. The target network
     never moves, everything else does."""
     agent, rnd, optimizer = real_parts()
-    rollout, targets, rms = numbered_rollout(8, 8)
+    rollout, targets, _ = numbered_rollout(8, 8)
     counts = []
     for net in (rnd.target, rnd.predictor):
         net.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
@@ -748,7 +774,7 @@ def test_only_the_share_goes_through_the_rnd_networks_and_only_the_predictor_lea
     before = {name: p.detach().clone() for name, p in names.items()}
     rollout.logprobs[:] = -math.log(18)
     targets = {name: array % 7 for name, array in targets.items()}
-    update(agent, rnd, optimizer, rollout, targets, rms, proportion, 0.1, Args())
+    update(agent, rnd, optimizer, rollout, targets, 0.1, Args(predictor_proportion=proportion))
     assert counts == [round(proportion * 16)] * 32
     moved = {name for name, p in names.items() if not torch.equal(p, before[name])}
     assert moved == {name for name in names if "target" not in name}
@@ -760,37 +786,37 @@ def test_only_the_share_goes_through_the_rnd_networks_and_only_the_predictor_lea
 def train_on_script(monkeypatch, tmp_path, *, num_envs, **options):
     """`train` with all its parts real but the game; what it did to the environments and with the optimiser."""
     envs = ScriptedEnvs(np.random.default_rng(0).integers(256, size=(40, num_envs)), num_actions=4)
-    steps, rms_counts = [], []
+    steps, rates, rms_counts = [], [], []
     monkeypatch.setattr(script, "VectorEnv", lambda *_, **__: envs)
 
-    def noting(agent, rnd, optimizer, batch, *rest):
-        steps.append(
-            (optimizer.param_groups[0]["lr"], batch["clip"].item(), len(batch["rnd_obs"]), len(batch["actions"]))
-        )
-        return optimization_step(agent, rnd, optimizer, batch, *rest)
+    class Watched(RND):
+        def bonus(self, frames):
+            rms_counts.append(("bonus", round(self.obs_rms.count)))
+            return super().bonus(frames)
 
-    def count_before_bonus(rnd, frames, obs_rms):
-        rms_counts.append(("bonus", round(obs_rms.count)))
-        return intrinsic_reward(rnd, frames, obs_rms)
+    def noting(agent, rnd, batch, clip, args):
+        rms_counts.append(("training", round(rnd.obs_rms.count)))
+        steps.append((clip, len(batch["rnd_obs"]), len(batch["actions"])))
+        return losses(agent, rnd, batch, clip, args)
 
-    def count_in_training(rollout, targets, where, obs_rms, *rest):
-        rms_counts.append(("training", round(obs_rms.count)))
-        return minibatch(rollout, targets, where, obs_rms, *rest)
+    def note_rate(agent, rnd, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return update(agent, rnd, optimizer, *rest)
 
-    monkeypatch.setattr(script, "optimization_step", noting)
-    monkeypatch.setattr(script, "intrinsic_reward", count_before_bonus)
-    monkeypatch.setattr(script, "minibatch", count_in_training)
+    monkeypatch.setattr(script, "RND", Watched)
+    monkeypatch.setattr(script, "losses", noting)
+    monkeypatch.setattr(script, "update", note_rate)
     path = script.train(Args(num_envs=num_envs, device="cpu", run_dir=str(tmp_path), **options))
-    return envs, steps, rms_counts, path
+    return envs, steps, rates, rms_counts, path
 
 
 @pytest.mark.parametrize("anneal", [False, True])
 def test_learning_rate_and_clip_range_fall_on_demand_only(monkeypatch, tmp_path, anneal):
     options = dict(num_steps=1, total_rollouts=4, obs_norm_rollouts=1, update_epochs=1, anneal=anneal)
-    _, steps, _, _ = train_on_script(monkeypatch, tmp_path, num_envs=4, **options)
+    _, steps, rates, *_ = train_on_script(monkeypatch, tmp_path, num_envs=4, **options)
     left = [1, 0.75, 0.5, 0.25] if anneal else [1] * 4
-    assert [lr for lr, *_ in steps] == pytest.approx([1e-4 * x for x in left for _ in range(4)])
-    assert [clip for _, clip, *_ in steps] == pytest.approx([0.1 * x for x in left for _ in range(4)])
+    assert rates == pytest.approx([1e-4 * x for x in left])
+    assert [clip for clip, *_ in steps] == pytest.approx([0.1 * x for x in left for _ in range(4)])
     assert Args().anneal is False
 
 
@@ -798,7 +824,7 @@ def test_learning_rate_and_clip_range_fall_on_demand_only(monkeypatch, tmp_path,
 def test_the_predictor_learns_from_32_environments_worth(monkeypatch, tmp_path, num_envs, proportion):
     """D7: without it the predictor would learn faster with more environments and the bonus would be gone too soon."""
     options = dict(num_steps=1, total_rollouts=1, obs_norm_rollouts=1, update_epochs=1)
-    _, steps, _, _ = train_on_script(monkeypatch, tmp_path, num_envs=num_envs, **options)
+    _, steps, *_ = train_on_script(monkeypatch, tmp_path, num_envs=num_envs, **options)
     assert [(share, count) for *_, share, count in steps] == [(num_envs // 4 * proportion, num_envs // 4)] * 4
 
 
@@ -806,7 +832,7 @@ def test_warm_up_and_the_order_of_statistics(monkeypatch, tmp_path):
     """Random actions for --obs-norm-rollouts rollouts, then a reset. The bonus sees the statistics from before its
     rollout, the predictor trains with those from after it [specification, 9]."""
     options = dict(num_steps=6, total_rollouts=2, obs_norm_rollouts=5)
-    envs, _, counts, path = train_on_script(monkeypatch, tmp_path, num_envs=8, **options)
+    envs, _, _, counts, path = train_on_script(monkeypatch, tmp_path, num_envs=8, **options)
     assert len(envs.warm_up) == 5 * 6
     shares = np.bincount(np.ravel(envs.warm_up), minlength=4) / (5 * 6 * 8)
     assert shares == pytest.approx(0.25, abs=4 * math.sqrt(0.25 * 0.75 / 240))
@@ -814,5 +840,5 @@ def test_warm_up_and_the_order_of_statistics(monkeypatch, tmp_path):
     warm, rollout = 5 * 6 * 8, 6 * 8
     expected = [("bonus", warm)] + [("training", warm + rollout)] * 16
     assert counts == expected + [(what, count + rollout) for what, count in expected]
-    state = script.load_checkpoint(path)
+    _, state = script.load_checkpoint(path)
     assert state["progress"]["step"] == 2 * rollout
