@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn as nn
 
-import fastops
 import rnd_ppo_atari as cnn
 import rnd_ppo_atari_lstm as lstm
 
@@ -128,17 +127,15 @@ def learn(script, agent, rollouts: int, stop: float) -> float:
     """Train on the cue with the script's own rollout and update code; share of right answers at the end."""
     small = nn.Sequential(nn.AvgPool2d(12), nn.Flatten(), nn.Linear(196, 256), nn.ReLU())
     agent.trunk = small if script is lstm else nn.Sequential(*small, nn.Linear(256, 448), nn.ReLU())
-    args = script.Args(ent_coef=0.01, gamma=0.99, update_epochs=4, num_minibatches=1, int_coef=0.0)
+    args = script.Args(ent_coef=0.01, gamma=0.99, num_minibatches=1, int_coef=0.0, predictor_proportion=0.001)
     envs, rollout = CueEnv(16), script.Rollout(2 * CueEnv.length, 16, agent)
-    rnd = nn.Module()
-    rnd.forward = lambda x: x.mean(dim=(1, 2, 3)) * 0
     optimizer = torch.optim.Adam(agent.parameters(), lr=2e-3)
-    obs_rms, no_bonus = fastops.RunningMeanStd((84, 84)), np.zeros((2 * CueEnv.length, 16), np.float32)
-    rollout.start(envs.show())
+    rnd, no_bonus = script.RND(), np.zeros((2 * CueEnv.length, 16), np.float32)
+    rollout.start_episodes(envs.show())
     for i in range(rollouts):
         script.collect(agent, envs, rollout)
         targets = script.advantages_and_returns(rollout, no_bonus, args)
-        metrics = script.update(agent, rnd, optimizer, rollout, targets, obs_rms, 0.001, 0.2, args)
+        metrics = script.update(agent, rnd, optimizer, rollout, targets, 0.2, args)
         assert np.isfinite(list(metrics.values())).all()
         if i > 5 and np.mean(envs.wins[-6:]) > stop:
             break
@@ -159,30 +156,28 @@ def test_first_minibatch_has_ratio_one_and_the_state_goes_on():
     """Over several rollouts with ends of episodes inside; rules out a state zeroed at rollout starts, per-step states
     with shuffled samples, and a bootstrap that advances the state."""
     torch.manual_seed(1)
-    agent, args = lstm.Agent(2, 32), lstm.Args(num_minibatches=2)
+    agent, rnd, args = lstm.Agent(2, 32), lstm.RND(), lstm.Args(num_minibatches=2, predictor_proportion=0.1)
     agent.trunk = nn.Sequential(nn.AvgPool2d(12), nn.Flatten(), nn.Linear(196, 256), nn.ReLU())
     envs, rollout = CueEnv(4), lstm.Rollout(17, 4, agent)
-    obs_rms, optimizer = fastops.RunningMeanStd((84, 84)), torch.optim.Adam(agent.parameters(), lr=1e-2)
-    rollout.start(envs.show())
-    rnd, after = lambda x: x.mean(dim=(1, 2, 3)) * 0, None
+    optimizer, after = torch.optim.Adam(agent.parameters(), lr=1e-2), None
+    rollout.start_episodes(envs.show())
     for _ in range(6):
         lstm.collect(agent, envs, rollout)
         before, last = rollout.states[0].clone(), rollout.states[1].clone()
         assert after is None or torch.equal(before, after)
         after = last
         with torch.no_grad():  # the state after the last step is that of a run over the whole rollout
-            _, _, _, again = agent(*rollout.inputs(slice(0, 17)))
+            _, _, _, again = agent(*rollout.sequences(torch.arange(4)))
         torch.testing.assert_close(again, last, atol=1e-5, rtol=1e-4)
         targets = lstm.advantages_and_returns(rollout, np.zeros((17, 4), np.float32), args)
-        tensors = {name: torch.from_numpy(array) for name, array in targets.items()}
-        whole = lstm.minibatch(rollout, tensors, torch.arange(4), obs_rms, 0.1, 0.1)
-        _, metrics = lstm.losses(agent, rnd, whole, args)
+        whole = lstm.minibatch(rollout, targets, rnd, torch.arange(4), args)
+        _, metrics = lstm.losses(agent, rnd, whole, 0.1, args)
         named = dict(zip(lstm.METRICS, metrics.tolist(), strict=True))
         assert named["approx_kl"] < 1e-10 and named["clipfrac"] == 0
-        parts = [lstm.minibatch(rollout, tensors, torch.tensor(e), obs_rms, 0.1, 0.1) for e in ([0, 1], [2, 3])]
-        halves = torch.stack([lstm.losses(agent, rnd, part, args)[1] for part in parts]).mean(0)
+        parts = [lstm.minibatch(rollout, targets, rnd, torch.tensor(pair), args) for pair in ([0, 1], [2, 3])]
+        halves = torch.stack([lstm.losses(agent, rnd, part, 0.1, args)[1] for part in parts]).mean(0)
         torch.testing.assert_close(halves[:3], metrics[:3], atol=1e-5, rtol=1e-4)
-        loss, _ = lstm.losses(agent, rnd, whole, args)
+        loss, _ = lstm.losses(agent, rnd, whole, 0.1, args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
