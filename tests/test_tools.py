@@ -519,6 +519,13 @@ def test_mario_has_a_way_instead_of_rooms(tmp_path):
     assert "rooms found" not in found and found[1] == "furthest x, mean of 100 episodes" and len(found) == 6
 
 
+def test_the_bonus_has_a_logarithmic_axis_where_it_falls_by_a_factor_of_ten(tmp_path):
+    for rollouts, scale in ((10, "linear"), (12, "log")):
+        run = write_run(tmp_path / scale, ["rnd/int_reward_raw"], rollouts)
+        figure = plot.plot({"a": [plot.read(run)]}, [plot.PANELS["bonus"]])
+        assert figure.axes[0].get_yscale() == scale
+
+
 @pytest.mark.parametrize("count, shape", [(1, (800, 520)), (2, (1200, 520)), (4, (1200, 1040)), (5, (1800, 1040))])
 def test_any_number_of_panels_fits(tmp_path, count, shape):
     run = write_run(tmp_path / "run", TAGS, 3)

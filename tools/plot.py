@@ -40,7 +40,7 @@ except ImportError as error:
 class Panel(NamedTuple):
     tag: str
     title: str
-    log: bool = False
+    log: bool = False  # a logarithmic axis, if the values differ by a factor of ten
 
 
 PANELS = {  # by short name
@@ -209,15 +209,17 @@ def format_value(value: float, _: int) -> str:
 
 
 def draw_panel(ax, panel: Panel, groups: Groups, unit: float, smooth: int) -> None:
-    for i, runs in enumerate(groups.values()):
-        curves = [run[panel.tag] for run in runs if panel.tag in run]
-        curves = [(x / unit, y) for x, y in curves]
-        if curves:
-            draw_curve(ax, curves, f"C{i}", panel.log, smooth)
+    curves = [[run[panel.tag] for run in runs if panel.tag in run] for runs in groups.values()]
+    values = np.concatenate([y for group in curves for _, y in group])
+    log = panel.log and values.min() > 0 and values.max() > 10 * values.min()
+    for i, group in enumerate(curves):
+        if group:
+            draw_curve(ax, [(x / unit, y) for x, y in group], f"C{i}", log, smooth)
     ax.set_title(panel.title)
     ax.margins(x=0.02)
+    ax.tick_params(labelbottom=True)
     ax.xaxis.set_major_formatter(format_value)
-    if panel.log:
+    if log:
         ax.set_yscale("log")
     else:
         ax.yaxis.set_major_formatter(format_value)
@@ -241,7 +243,9 @@ def plot(groups: Groups, panels: list[Panel], axis: str = "steps", smooth: int =
     rows = math.ceil(len(panels) / columns)
     width = max(4, 3 * columns)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(width, 2.6 * rows), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(width, 2.6 * rows), layout="constrained", squeeze=False, sharex=True
+        )
         for ax, panel in zip(axes.flat, panels, strict=False):
             draw_panel(ax, panel, groups, unit, smooth)
         for ax in axes.flat[len(panels) :]:
