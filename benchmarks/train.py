@@ -3,23 +3,24 @@
     python benchmarks/train.py                                                          32 environments, fp32 and bf16
     python benchmarks/train.py --num-envs 32 128 --precision fp32 --compile no yes --json out.json
 
-Each configuration trains for one rollout to warm up and `--rollouts` that count, in a process of its own, with the
-script's own command line; the times are those that it writes to TensorBoard. A round runs every configuration once, one
-after the other, so that a change of the clock or a noisy neighbour meets all of them, and before and after each run
-measures the speed of torch.mm on fp32 matrices of 2048x2048, here, with as many threads as the script has.
+Each configuration runs the script in a process of its own, for one rollout to warm up and `--rollouts` that count. The
+times are those that the script writes to TensorBoard. A round runs every configuration once, one after the other, so
+that a change of the clock or a noisy neighbour affects all of them. Before and after each run the benchmark measures
+the speed of torch.mm on fp32 matrices of 2048x2048, with as many threads as the script uses.
 
-    steps/s        one step of one environment is one action, 4 frames: median over rollouts and rounds, 10th and 90th
+    steps/s        a step is one action of one environment, 4 frames: median over rollouts and rounds, 10th and 90th
                    percentile
-    rollout ...    seconds of the parts of a rollout of 128 steps of each environment, medians; other: the rest of it
-    of mm          FLOPs of the networks in a step, times steps/s, over the speed of torch.mm (mm, GFLOP/s). update's:
-                   the same within the update. Of the fp32 speed always, so bf16 can exceed 1
+    rollout ...    seconds of each part of a rollout, which is 128 steps of each environment: medians. other: the rest
+    of mm          FLOPs of the networks per step, times steps/s, over the speed of torch.mm (mm, GFLOP/s). update's:
+                   the same within the update. Always relative to the fp32 speed, so bf16 can exceed 1
     / first        steps/s relative to the first configuration with as many environments: median over the rounds
-    peak MiB       of all processes together, in a run of its own whose times do not count: proportional set sizes (a
-                   page that n processes share counts 1/n in each; where the system has no such figure, resident set
-                   sizes, which count it n times), maximum of nearly 20 samples a second
+    peak MiB       memory of all processes together, in an extra run whose times do not count: the largest of nearly 20
+                   samples a second. Proportional set sizes: a page that n processes share counts 1/n in each. Where the
+                   system has no such figure, resident set sizes, which count it n times
 
-The model of the FLOPs: an addition or a multiplication is one; convolutions and linear layers only; a backward pass
-costs once the forward pass for the gradient of the weights and once for that of the input, where either is needed.
+The model of the FLOPs: an addition or a multiplication is one; only convolutions and linear layers count; a backward
+pass costs as much as the forward pass for the gradient of the weights, and as much again for the gradient of the input,
+where either is needed.
 
     step = policy forward + both RND networks forward                                       rollout, bonus
          + epochs * (policy forward and backward + proportion * RND forward and backward)   update
@@ -27,25 +28,22 @@ costs once the forward pass for the gradient of the weights and once for that of
 
 import argparse
 import contextlib
-import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import psutil
+import report
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from tqdm import tqdm
 
-import fastops
 from rnd_ppo_atari import Agent, Args, RNDModel
 
 SCRIPT = Path(__file__).parent.parent / "rnd_ppo_atari.py"
@@ -67,28 +65,36 @@ COLUMNS = {  # title: figure, digits
 CUDA = torch.cuda.is_available()
 
 
-def count(network: nn.Module, sample: torch.Tensor) -> tuple[int, int]:
+# === FLOPs ============================================================================================================
+
+
+def count_flops(network: nn.Module, sample: torch.Tensor) -> tuple[int, int]:
     """FLOPs of a forward pass with one sample, and of the backward pass."""
-    flops = [0, 0]
+    forward = 0
+    backward = 0
 
     def add(layer: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        once = 2 * output.numel() * layer.weight[0].numel()
-        flops[0] += once
-        flops[1] += once * (layer.weight.requires_grad + inputs[0].requires_grad)
+        nonlocal forward, backward
+        flops = 2 * output.numel() * layer.weight[0].numel()
+        forward += flops
+        if layer.weight.requires_grad:
+            backward += flops
+        if inputs[0].requires_grad:
+            backward += flops
 
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.register_forward_hook(add)
     network(sample)
-    return flops[0], flops[1]
+    return forward, backward
 
 
-def flops_of_a_step(proportion: float) -> dict[str, float]:
+def flops_per_step(proportion: float) -> dict[str, float]:
     """FLOPs of each phase for one step of one environment; `proportion` of the samples train the predictor."""
-    policy, policy_back = count(Agent(18, 448), torch.zeros(1, 4, 84, 84, dtype=torch.uint8))
-    rnd, rnd_back = count(RNDModel(), torch.zeros(1, 1, 84, 84))
-    update = Args().update_epochs * (policy + policy_back + proportion * (rnd + rnd_back))
-    return {"rollout": policy, "bonus": rnd, "update": update}
+    policy, policy_backward = count_flops(Agent(18, 448), torch.zeros(1, 4, 84, 84, dtype=torch.uint8))
+    rnd, rnd_backward = count_flops(RNDModel(), torch.zeros(1, 1, 84, 84))
+    epoch = policy + policy_backward + proportion * (rnd + rnd_backward)
+    return {"rollout": policy, "bonus": rnd, "update": Args().update_epochs * epoch}
 
 
 def matmul_rate() -> float:
@@ -105,6 +111,53 @@ def matmul_rate() -> float:
     return float(np.median(rates[1:]))
 
 
+# === Runs of the script ===============================================================================================
+
+
+@dataclass
+class Configuration:
+    """One way to run the script, and what was measured in each round."""
+
+    num_envs: int
+    precision: str
+    compiled: bool
+    peak_mib: float = 0.0
+    times: list[dict[str, list[float]]] = field(default_factory=list)  # steps/s and seconds of each phase, by rollout
+    matmul_rates: list[float] = field(default_factory=list)
+
+    def name(self) -> str:
+        return f"{self.num_envs:6} {self.precision} {'compiled' if self.compiled else 'eager':8}"
+
+    def command(self, args: argparse.Namespace, rollouts: int, folder: str) -> list[str]:
+        flags = {
+            "--run-dir": folder,
+            "--env-id": args.env_id,
+            "--num-envs": self.num_envs,
+            "--precision": self.precision,
+            "--predictor-proportion": args.predictor_proportion,
+            "--num-workers": args.workers,
+            "--obs-norm-rollouts": 1,
+            "--total-rollouts": rollouts,
+        }
+        command = [sys.executable, str(SCRIPT)]
+        for flag, value in flags.items():
+            command += [flag, str(value)]
+        if self.compiled:
+            command.append("--compile")
+        return command
+
+    def measure_memory(self, args: argparse.Namespace) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.peak_mib = run(self.command(args, 2, folder), folder, sample_memory=True) / 2**20
+
+    def measure_speed(self, args: argparse.Namespace) -> None:
+        before = matmul_rate()
+        with tempfile.TemporaryDirectory() as folder:
+            run(self.command(args, 1 + args.rollouts, folder), folder)
+            self.times.append(read_times(folder))
+        self.matmul_rates.append((before + matmul_rate()) / 2)
+
+
 def memory(process: psutil.Process) -> int:
     """Bytes of a process and all its descendants."""
     total = 0
@@ -115,110 +168,114 @@ def memory(process: psutil.Process) -> int:
     return total
 
 
-def train(args: argparse.Namespace, num_envs: int, precision: str, compiled: str, sample: bool) -> dict[str, list]:
-    """Run the script: seconds of each phase and steps/s of each rollout but the first; if sampled, peak of memory."""
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, str(SCRIPT), "--run-dir", folder, "--env-id", args.env_id]
-        command += ["--num-envs", str(num_envs), "--precision", precision, *["--compile"][: compiled == "yes"]]
-        command += ["--predictor-proportion", str(args.predictor_proportion), "--num-workers", str(args.workers)]
-        command += ["--obs-norm-rollouts", "1", "--total-rollouts", str(2 if sample else 1 + args.rollouts)]
-        peak = 0
-        with subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT) as run:
-            while run.poll() is None:
-                peak = max(peak, memory(psutil.Process(run.pid))) if sample else 0
+def run(command: list[str], folder: str, sample_memory: bool = False) -> int:
+    """Run the script to its end; the peak of its memory in bytes, if sampled."""
+    peak = 0
+    with tempfile.TemporaryFile("w+") as log:
+        with subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT) as process:
+            while process.poll() is None:
+                if sample_memory:
+                    peak = max(peak, memory(psutil.Process(process.pid)))
                 time.sleep(0.05)
-        if run.returncode:
+        if process.returncode:
             log.seek(0)
-            sys.exit(f"{' '.join(command)}: exit code {run.returncode}\n{log.read()[-2000:]}")
-        events = EventAccumulator(str(next(Path(folder).glob("*__*"))))
-        events.Reload()
-        scalars = {phase: [event.value for event in events.Scalars(f"time/{phase}")][1:] for phase in PHASES}
-        scalars["sps"] = [event.value for event in events.Scalars("charts/SPS")][1:]
-        return scalars | {"peak_mib": [peak / 2**20]}
+            sys.exit(f"{' '.join(command)}: exit code {process.returncode}\n{log.read()[-2000:]}")
+    return peak
 
 
-def summary(runs: list[dict], first: list[dict], rates: list[float], steps: int, flops: dict) -> dict[str, float]:
-    """Figures of a configuration: its `runs`, those to compare with and the rates of torch.mm, one each for a round."""
-    seconds = {phase: np.array([run[phase] for run in runs]) for phase in PHASES}
-    sps, rate = np.array([run["sps"] for run in runs]), np.array(rates)[:, None]
-    row = dict(zip(("median_sps", "p10_sps", "p90_sps"), np.percentile(sps, [50, 10, 90]).tolist(), strict=True))
-    row |= {f"{phase}_s": float(np.median(seconds[phase])) for phase in PHASES}
-    row["other_s"] = float(np.median(steps / sps - sum(seconds.values())))
-    row["share_of_matmul"] = float(np.median(sps * sum(flops.values()) / rate))
-    row["update_share_of_matmul"] = float(np.median(steps * flops["update"] / seconds["update"] / rate))
-    row["ratio_to_first"] = float(np.median(np.median(sps, 1) / np.median([run["sps"] for run in first], 1)))
-    return row | {"matmul_gflops": float(np.median(rates)) / 1e9}
+def read_times(folder: str) -> dict[str, list[float]]:
+    """Steps per second and seconds of each phase, for each rollout but the first, from the events of the run."""
+    [run_folder] = Path(folder).glob("*__*")
+    events = EventAccumulator(str(run_folder))
+    events.Reload()
+    tags = {"sps": "charts/SPS"}
+    for phase in PHASES:
+        tags[phase] = f"time/{phase}"
+    return {name: [event.value for event in events.Scalars(tag)][1:] for name, tag in tags.items()}
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+# === The comparison ===================================================================================================
 
 
-def machine() -> dict[str, object]:
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+def summary(configuration: Configuration, first: Configuration, flops: dict[str, float]) -> dict[str, object]:
+    """The figures of a configuration; `first` is the one to compare its speed with."""
+    times = {name: np.array([row[name] for row in configuration.times]) for name in ("sps", *PHASES)}
+    sps = times["sps"]  # (rounds, rollouts)
+    first_sps = np.array([row["sps"] for row in first.times])
+    rates = np.array(configuration.matmul_rates)[:, None]
+    steps = configuration.num_envs * Args().num_steps
+    phases = sum(times[phase] for phase in PHASES)
+
+    median, p10, p90 = np.percentile(sps, [50, 10, 90])
+    row = {
+        "median_sps": median,
+        "p10_sps": p10,
+        "p90_sps": p90,
+        "rollout_s": np.median(times["rollout"]),
+        "bonus_s": np.median(times["bonus"]),
+        "update_s": np.median(times["update"]),
+        "other_s": np.median(steps / sps - phases),
+        "share_of_matmul": np.median(sps * sum(flops.values()) / rates),
+        "update_share_of_matmul": np.median(steps * flops["update"] / times["update"] / rates),
+        "ratio_to_first": np.median(np.median(sps, 1) / np.median(first_sps, 1)),
+        "matmul_gflops": np.median(rates) / 1e9,
+        "peak_mib": configuration.peak_mib,
+    }
     return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if CUDA else None,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {package: installed(package) for package in ("numpy", "torch", "gymnasium", "ale-py")},
-        "fastops": fastops.BACKEND,
+        "num_envs": configuration.num_envs,
+        "precision": configuration.precision,
+        "compile": configuration.compiled,
+        "rounds": len(configuration.times),
+        **{name: float(value) for name, value in row.items()},
     }
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    precisions = ["fp32", "bf16"]
     parser.add_argument("--num-envs", type=int, nargs="+", default=[32], help="default: 32")
-    parser.add_argument(
-        "--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="default: all"
-    )
+    parser.add_argument("--precision", nargs="+", choices=precisions, default=precisions, help="default: all")
     parser.add_argument("--compile", nargs="+", choices=["no", "yes"], default=["no"], help="default: no")
     parser.add_argument("--predictor-proportion", type=float, default=0.25, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=0, help="worker processes; 0: one for each core (default)")
+    parser.add_argument("--workers", type=int, default=0, help="worker processes; 0: one per core (default)")
     parser.add_argument("--env-id", default="ALE/MontezumaRevenge-v5", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--rollouts", type=int, default=2, help="of each run, besides the first (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the figures to this file")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    about, flops = machine(), flops_of_a_step(args.predictor_proportion)
-    print(
-        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['gpu']}, load {about['load']:.1f}"
-    )
-    print(f"{about['versions']}; fastops runs on {about['fastops']}")
+
+def main() -> None:
+    args = parse_arguments()
+    about = report.machine("numpy", "torch", "gymnasium", "ale-py")
+    about["threads"] = torch.get_num_threads()
+    about["gpu"] = torch.cuda.get_device_name() if CUDA else None
+    flops = flops_per_step(args.predictor_proportion)
     mflops = {f"{name}_mflop": value / 1e6 for name, value in flops.items()}
-    print(f"{sum(flops.values()) / 1e6:.1f} MFLOP a step:", {name: round(value, 1) for name, value in mflops.items()})
-    sides = list(product(args.num_envs, args.precision, args.compile))
-    runs, rates = {side: [] for side in sides}, {side: [] for side in sides}
-    peaks = {side: train(args, *side, True)["peak_mib"][0] for side in tqdm(sides, "memory", leave=False)}
+    print(f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['gpu']}, load {about['load']}")
+    print(f"{about['versions']}; fastops runs on {about['fastops']}")
+    print(f"{sum(mflops.values()):.1f} MFLOP a step:", {name: round(value, 1) for name, value in mflops.items()})
+
+    configurations = [
+        Configuration(num_envs, precision, compiled == "yes")
+        for num_envs, precision, compiled in product(args.num_envs, args.precision, args.compile)
+    ]
+    for configuration in tqdm(configurations, "memory", leave=False):
+        configuration.measure_memory(args)
     for _ in tqdm(range(args.rounds), "time", unit="round", leave=False):
-        for side in sides:
-            before = matmul_rate()
-            runs[side].append(train(args, *side, False))
-            rates[side].append((before + matmul_rate()) / 2)
+        for configuration in configurations:
+            configuration.measure_speed(args)
 
     print(f"\n{'environments':20}" + "".join(f"{title:>9}" for title in COLUMNS))
     results = []
-    for side in sides:
-        num_envs, precision, compiled = side
-        first = next(other for other in sides if other[0] == num_envs)
-        row = dict(num_envs=num_envs, precision=precision, compile=compiled == "yes", rounds=args.rounds)
-        row |= summary(runs[side], runs[first], rates[side], num_envs * Args().num_steps, flops)
-        results.append(row | {"peak_mib": peaks[side]})
-        print(f"{num_envs:6} {precision} {'compiled' if compiled == 'yes' else 'eager':8}", end="")
-        print("".join(f"{results[-1][key]:9.{digits}f}" for key, digits in COLUMNS.values()))
+    for configuration in configurations:
+        first = next(other for other in configurations if other.num_envs == configuration.num_envs)
+        row = summary(configuration, first, flops)
+        cells = [f"{row[figure]:9.{digits}f}" for figure, digits in COLUMNS.values()]
+        print(configuration.name() + "".join(cells))
+        results.append(row)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        command = " ".join([Path(sys.executable).name, *sys.argv])
-        figures = {"command": command, "machine": about, "flops_of_a_step": mflops, "results": results}
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        report.write(args.json, about, results, flops_of_a_step=mflops)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
+import time
 
 import cv2
 import numpy as np
@@ -397,27 +397,71 @@ def test_without_the_extra(tool, package, tmp_path):
 # === Curves ===========================================================================================================
 
 
-def write_run(folder, tags, rollouts, start=1.0):
-    """A run with event files in which every tag has the values start, start + 1, ..., at steps 100, 200, ..."""
-    with SummaryWriter(str(folder)) as writer:
-        for i in range(rollouts):
+def write_run(folder, tags, rollouts, start=1.0, first=0, purge=None):
+    """A run with event files in which every tag has the values start, start + 1, ..., at steps 100, 200, ...
+
+    Continued after `first` rollouts, as by a process that was resumed there.
+    """
+    with SummaryWriter(str(folder), purge_step=purge) as writer:
+        for i in range(first, rollouts):
             for tag in tags:
-                writer.add_scalar(tag, start + i, 100 * (i + 1), walltime=1e9 + 60 * i)
+                writer.add_scalar(tag, start + i, 100 * (i + 1))
     return folder
 
 
-TAGS = [tag for tag, _ in plot.PANELS.values()]
+PANELS = [plot.PANELS[name] for name in plot.DEFAULT]
+TAGS = [panel.tag for panel in PANELS]
+
+
+def titles(figure):
+    return [ax.get_title(loc="left") for ax in figure.axes]
 
 
 def test_read(tmp_path):
     run = write_run(tmp_path / "run", ["a"], 5)
     x, y = plot.read(run)["a"]
     assert x.tolist() == [100, 200, 300, 400, 500] and y.tolist() == [1, 2, 3, 4, 5]
-    with SummaryWriter(str(run)) as writer:  # resumed a day later; and a value that is none
-        writer.add_scalar("a", 6, 600, walltime=1e9 + 86400)
-        writer.add_scalar("a", math.nan, 700, walltime=1e9 + 86460)
-    x, y = plot.read(run, "time")["a"]
-    assert x * 60 == pytest.approx([0, 1, 2, 3, 4, 5]) and y.tolist() == [1, 2, 3, 4, 5, 6]
+    with SummaryWriter(str(run)) as writer:
+        writer.add_scalar("a", 6, 600)
+        writer.add_scalar("a", math.nan, 700)
+    x, y = plot.read(run)["a"]
+    assert x.tolist()[-1] == 600 and y.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_killed_process_logged_after_its_last_checkpoint_is_dropped(tmp_path):
+    run = write_run(tmp_path / "run", ["a"], 5)
+    time.sleep(1.1)  # the names of event files hold the second, and are read in the order of their names
+    write_run(run, ["a"], 4, start=11, first=3, purge=301)
+    x, y = plot.read(run)["a"]
+    assert x.tolist() == [100, 200, 300, 400] and y.tolist() == [1, 2, 3, 14]
+
+
+def test_time_is_that_of_training_and_starts_with_the_run(tmp_path):
+    """100 steps at 10 a second, then at 5, whatever the clock on the wall says; another tag begins later."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        for i, speed in enumerate((10, 5, 5)):
+            writer.add_scalar("charts/SPS", speed, 100 * (i + 1), walltime=1e9 + 1e5 * i)
+        writer.add_scalar("a", 7, 250, walltime=1e9)
+    curves = plot.read(tmp_path, "time")
+    assert curves["charts/SPS"][0].tolist() == [10, 30, 50]
+    assert curves["a"][0].tolist() == [40]
+
+
+@pytest.mark.parametrize(
+    "seconds, name, unit",
+    [(0.5, "seconds", 1), (119, "seconds", 1), (120, "minutes", 60), (7200, "hours", 3600), (1e6, "days", 86400)],
+)
+def test_time_has_a_unit_that_gives_readable_numbers(seconds, name, unit):
+    assert plot.time_unit(seconds) == (name, unit)
+
+
+def test_the_axis_names_its_unit(tmp_path):
+    tags = ["charts/SPS", TAGS[0]]
+    groups = {"a": [plot.read(write_run(tmp_path / "a", tags, 9, start=0.5), "time")]}
+    figure = plot.plot(groups, PANELS[:1], "time")
+    assert figure.get_supxlabel() == "minutes of training"
+    expected = sum(100 / (0.5 + i) for i in range(9)) / 60
+    assert figure.axes[0].get_lines()[0].get_xdata()[-1] == pytest.approx(expected)
 
 
 def test_mean_and_spread():
@@ -443,29 +487,93 @@ def test_curves(run, tmp_path):
     assert plot.main([*map(str, runs), "--out", str(out)]) == 0
     with Image.open(out) as image:
         assert image.size == (1800, 1040)
-    figure = plot.plot({"a": [plot.read(run) for run in runs[:2]], "b": [plot.read(runs[2])]})
-    first = figure.axes[0].get_lines()
-    # For each label the legend's line, the mean and its continuation.
-    assert [line.get_label() for line in first if len(line.get_xdata()) == 0] == ["a (2 runs)", "b"]
-    mean, alone = first[1].get_ydata(), first[2].get_ydata()
-    x = first[1].get_xdata()
+    figure = plot.plot({"a": [plot.read(run) for run in runs[:2]], "b": [plot.read(runs[2])]}, PANELS)
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a (2 runs)", "b"]
+    # For each label the mean and its continuation.
+    mean, alone, *_ = figure.axes[0].get_lines()
+    x = mean.get_xdata()
+    mean, alone = mean.get_ydata(), alone.get_ydata()
     assert np.nanmax(x[np.isfinite(mean)]) <= 500 < x[np.isfinite(alone)].min() and x.max() == 3000
     assert np.interp(300, x, mean) == pytest.approx((2 + 3) / 2, abs=0.1) and alone[-1] == 30
-    argv = [*map(str, runs[:3]), "--labels", "one", "two", "two", "--x", "time", "--smooth", "3"]
+    [band] = figure.axes[0].collections
+    assert band.get_paths()[0].get_extents().ymin < mean[0] - 0.4  # of the two seeds
+    argv = [str(run), "--labels", "one", "--x", "time", "--smooth", "3"]
     assert plot.main([*argv, "--out", str(tmp_path / "time.svg")]) == 0
 
 
-def test_missing_tags(tmp_path):
-    figure = plot.plot({"a": [plot.read(write_run(tmp_path / "a", TAGS[:1], 3))]})
-    notes = [[text.get_text() for text in ax.texts] for ax in figure.axes]
-    assert notes == [[], *([f"no {tag}\nin these runs"] for tag in TAGS[1:])]
+def test_panels_with_nothing_to_show_are_left_out(tmp_path):
+    """Without values, and the rooms of a game that has none."""
+    groups = {"a": [plot.read(write_run(tmp_path / "a", TAGS[:1], 3))]}
+    assert titles(plot.plot(groups, plot.default_panels(groups))) == [PANELS[0].title]
+    for rooms, shown in ((0, False), (1, True)):
+        with SummaryWriter(str(tmp_path / "a")) as writer:
+            writer.add_scalar("charts/rooms_total", rooms, 400)
+        groups = {"a": [plot.read(tmp_path / "a")]}
+        assert (plot.PANELS["rooms"] in plot.default_panels(groups)) == shown
 
 
 def test_mario_has_a_way_instead_of_rooms(tmp_path):
-    tags = [*TAGS, "charts/furthest_x"]
-    figure = plot.plot({"a": [plot.read(write_run(tmp_path / "a", tags, 3))]})
-    titles = [ax.get_title(loc="left") for ax in figure.axes]
-    assert "rooms found" not in titles and any("furthest x" in title for title in titles)
+    groups = {"a": [plot.read(write_run(tmp_path / "a", [*TAGS, "charts/furthest_x"], 3))]}
+    found = titles(plot.plot(groups, plot.default_panels(groups)))
+    assert "rooms found" not in found and found[1] == "furthest x, mean of 100 episodes" and len(found) == 6
+
+
+def test_the_bonus_has_a_logarithmic_axis_where_it_falls_by_a_factor_of_ten(tmp_path):
+    for rollouts, scale in ((10, "linear"), (12, "log")):
+        run = write_run(tmp_path / scale, ["rnd/int_reward_raw"], rollouts)
+        figure = plot.plot({"a": [plot.read(run)]}, [plot.PANELS["bonus"]])
+        assert figure.axes[0].get_yscale() == scale
+
+
+@pytest.mark.parametrize("count, shape", [(1, (800, 520)), (2, (1200, 520)), (4, (1200, 1040)), (5, (1800, 1040))])
+def test_any_number_of_panels_fits(tmp_path, count, shape):
+    run = write_run(tmp_path / "run", TAGS, 3)
+    argv = [str(run), "--out", str(tmp_path / "a.png"), "--panels", *TAGS[:count]]
+    assert plot.main(argv) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == shape
+
+
+def test_panels_are_named_by_short_names_tags_or_their_last_part():
+    """Entropy and explained variance among them."""
+    tags = {"losses/entropy", "losses/explained_variance", "charts/episodic_return_mean100", "time/update"}
+    assert plot.find_panel("return", tags) == plot.PANELS["return"]
+    assert plot.find_panel("entropy", tags) == plot.PANELS["entropy"]
+    assert plot.find_panel("explained", tags) == plot.PANELS["explained"]
+    assert (
+        plot.find_panel("time/update", tags) == plot.find_panel("update", tags) == ("time/update", "time/update", False)
+    )
+    assert plot.find_panel("return=places visited", tags).title == "places visited"
+    with pytest.raises(plot.UsageError, match="expected some of return entropy explained or a tag .*, got rooms"):
+        plot.find_panel("rooms", tags)
+
+
+def test_short_names_are_those_of_what_a_run_logs(run):
+    """Every quantity that the tool knows by a short name exists in a real run, but for the way of Super Mario Bros."""
+    tags = set(plot.read(run))
+    missing = [name for name, panel in plot.PANELS.items() if panel.tag not in tags]
+    assert missing == ["x"]
+
+
+def test_runs_without_values_are_skipped_with_a_warning(tmp_path, capsys):
+    """As `plot.py runs/*` meets them: a file, an empty folder, a run that has just begun."""
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    write_run(tmp_path / "new", TAGS, 0)
+    good = write_run(tmp_path / "good", TAGS, 3)
+    runs = [str(tmp_path / name) for name in ("notes.txt", "empty", "new")]
+    out = ("--out", str(tmp_path / "a.png"))
+    assert plot.main([*runs, str(good), *out]) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    assert [line.startswith(f"warning: skipped {run}: ") for line, run in zip(warnings, runs, strict=True)] == [
+        True
+    ] * 3
+    assert "wait for its first rollout" in warnings[2]
+    (tmp_path / "a.png").unlink()
+    assert plot.main([*runs, *out]) == 2
+    assert "error: RUN: expected at least one run with values" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_plot_refuses(run, tmp_path, capsys):
@@ -473,12 +581,10 @@ def test_plot_refuses(run, tmp_path, capsys):
         return refusal(capsys, plot.main, *argv)
 
     out = ("--out", tmp_path / "a.png")
-    assert "found none" in refused(tmp_path / "nowhere", *out)
-    (tmp_path / "empty").mkdir()
-    assert "found none" in refused(run, tmp_path / "empty", *out)
-    assert "wait for its first rollout" in refused(write_run(tmp_path / "new", TAGS, 0), *out)
     assert "one for each run, got 2" in refused(run, *out, "--labels", "a", "b")
     assert "--smooth" in refused(run, *out, "--smooth", 0)
     assert "expected a .png" in refused(run, "--out", tmp_path / "a.txt")
-    shutil.rmtree(tmp_path / "empty")
+    assert "expected a .png" in refused(run, "--out", tmp_path / "nowhere" / "a.png")
+    assert "got nonsense" in refused(run, *out, "--panels", "return", "nonsense")
+    assert "name their tags with --panels" in refused(write_run(tmp_path / "other", ["a"], 2), *out)
     assert not (tmp_path / "a.png").exists()

@@ -1,20 +1,27 @@
-"""Learning curves of runs: return, rooms, intrinsic reward and predictor loss from their TensorBoard event files.
+"""Learning curves of runs, from their TensorBoard event files: return, rooms, intrinsic reward, losses.
 
 One run           python tools/plot.py runs/MontezumaRevenge-v5__rnd_ppo_atari__1__... --out curves.png
 Several seeds     python tools/plot.py runs/MontezumaRevenge-v5__rnd_ppo_atari__* --out curves.png
 Variants          python tools/plot.py runs/A runs/B runs/C runs/D --labels CNN CNN LSTM LSTM --out curves.png
 Against time      python tools/plot.py runs/* --out curves.png --x time
+Other panels      python tools/plot.py runs/* --out curves.png --panels return entropy explained losses/approx_kl
 
-Runs of the same game and experiment (a run's directory is GAME__EXPERIMENT__SEED__TIME), or with the same label, are
-one curve: their mean, and a band of one standard deviation. Where some of them have ended already, the curve goes on
-dotted with the mean of the others. Needs `pip install -e '.[video]'`.
+Runs of the same game and experiment (a run's directory is GAME__EXPERIMENT__SEED__TIME), or with the same label, form
+one curve: their mean, with a band of one standard deviation. Where some of them have already ended, the curve continues
+dotted, as the mean of the others. Directories without values are skipped.
+
+A panel is a short name (return, length, best, rooms, x, bonus, int_reward, predictor, entropy, explained,
+int_explained, speed), a tag of TensorBoard or the last part of one. NAME=TITLE gives it a title of your own. Without
+--panels the picture shows six of them, less those without values. Needs `pip install -e '.[video]'`.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,42 +36,81 @@ except ImportError as error:
     print(f"error: expected the package {error.name}, found none: pip install -e '.[video]'", file=sys.stderr)
     sys.exit(2)
 
-PANELS = {  # title -> tag, is the scale logarithmic
-    "return, mean of 100 episodes": ("charts/episodic_return_mean100", False),
-    "rooms found": ("charts/rooms_total", False),
-    "best return": ("charts/best_return", False),
-    "intrinsic reward, raw": ("rnd/int_reward_raw", True),
-    "intrinsic reward / its std": ("rnd/int_reward", False),
-    "predictor loss": ("losses/predictor_loss", True),
+
+class Panel(NamedTuple):
+    tag: str
+    title: str
+    log: bool = False  # a logarithmic axis, if the values differ by a factor of ten
+
+
+PANELS = {  # by short name
+    "return": Panel("charts/episodic_return_mean100", "return, mean of 100 episodes"),
+    "length": Panel("charts/episodic_length_mean100", "steps of an episode, mean of 100"),
+    "best": Panel("charts/best_return", "best return"),
+    "rooms": Panel("charts/rooms_total", "rooms found"),
+    "x": Panel("charts/furthest_x", "furthest x, mean of 100 episodes"),
+    "bonus": Panel("rnd/int_reward_raw", "intrinsic reward, raw", log=True),
+    "int_reward": Panel("rnd/int_reward", "intrinsic reward / its std"),
+    "predictor": Panel("losses/predictor_loss", "predictor loss", log=True),
+    "entropy": Panel("losses/entropy", "entropy of the policy"),
+    "explained": Panel("losses/explained_variance", "explained variance"),
+    "int_explained": Panel("losses/int_explained_variance", "explained variance, intrinsic"),
+    "speed": Panel("charts/SPS", "steps per second"),
 }
-WAY = "furthest x, mean of 100 episodes", "charts/furthest_x"  # of Super Mario Bros., instead of the rooms
+DEFAULT = ("return", "rooms", "best", "bonus", "int_reward", "predictor")
 POINTS = 500  # of a curve
+UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600), ("days", 86400))
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.grid": True,
+    "grid.color": "#e8e8e8",
+}
+
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # x and y by tag
+Groups = dict[str, list[Curves]]  # the curves of each run, by label
 
 
 class UsageError(ValueError):
-    """Something that the user has to change; the message says what was expected, what came and what to do."""
+    """The user has to change something; the message says what was expected, what was given and what to do."""
 
 
-def read(run: str | Path, axis: str = "steps") -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(x, y) of every scalar in the event files of a run; x: environment steps, or hours of training."""
+# === Reading ==========================================================================================================
+
+
+def read(run: str | Path, axis: str = "steps") -> Curves:
+    """Every scalar in the event files of a run. x: environment steps, or seconds of training if `axis` is "time"."""
     run = Path(run)
     if not list(run.glob("*tfevents*")):
         raise UsageError(f"{run}: expected the directory of a run with TensorBoard event files, found none")
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    # What a killed process logged after its last checkpoint is dropped where the resumed one logged it again.
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}, purge_orphaned_data=True)
     events.Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:
-        steps, times, values = np.array([(e.step, e.wall_time, e.value) for e in events.Scalars(tag)]).T
-        pauses = np.diff(times, prepend=times[0])  # of a run that was resumed: they do not count
-        usual = np.median(pauses[1:]) if len(pauses) > 1 else 0
-        hours = np.cumsum(np.where(pauses > 60 + 20 * usual, usual, pauses)) / 3600
-        if (keep := np.isfinite(values)).any():
-            curves[tag] = (steps if axis == "steps" else hours)[keep], values[keep]
+        scalars = events.Scalars(tag)
+        steps = np.array([scalar.step for scalar in scalars], float)
+        values = np.array([scalar.value for scalar in scalars], float)
+        finite = np.isfinite(values)
+        if finite.any():
+            curves[tag] = steps[finite], values[finite]
     if not curves:
-        raise UsageError(
-            f"{run}: expected a run with values in its event files, found none; wait for its first rollout"
-        )
-    return curves
+        raise UsageError(f"{run}: expected values in its event files, found none; wait for its first rollout")
+    return against_time(run, curves) if axis == "time" else curves
+
+
+def against_time(run: Path, curves: Curves) -> Curves:
+    """The same curves over seconds of training, from the logged speed: pauses before a resume do not count."""
+    tag = PANELS["speed"].tag
+    if tag not in curves:
+        raise UsageError(f"{run}: expected a run that logs {tag}, found none; leave out --x time")
+    steps, speed = curves[tag]
+    seconds = np.cumsum(np.diff(steps, prepend=0) / speed)
+    return {tag: (np.interp(x, steps, seconds), y) for tag, (x, y) in curves.items()}
 
 
 def experiment(run: str | Path) -> str:
@@ -74,78 +120,177 @@ def experiment(run: str | Path) -> str:
     return f"{game} {parts[0]}" if len(parts) == 3 else name
 
 
+def read_groups(runs: list[str], labels: list[str], axis: str) -> Groups:
+    """The curves of all runs that have some. Warns of the others."""
+    groups: Groups = {}
+    for run, label in zip(runs, labels, strict=True):
+        try:
+            curves = read(run, axis)
+        except (UsageError, OSError) as error:
+            print(f"warning: skipped {error}", file=sys.stderr)
+            continue
+        groups.setdefault(label, []).append(curves)
+    if not groups:
+        raise UsageError("RUN: expected at least one run with values, found none")
+    return groups
+
+
+# === Panels ===========================================================================================================
+
+
+def find_panel(name: str, tags: set[str]) -> Panel:
+    """The panel that the user means: a short name, a tag or the last part of one, perhaps with =TITLE."""
+    name, _, title = name.partition("=")
+    matches = sorted(tag for tag in tags if name in (tag, tag.rpartition("/")[2]))
+    if name in PANELS:
+        panel = PANELS[name]
+    elif matches:
+        panel = Panel(matches[0], matches[0])
+    else:
+        panel = Panel(name, name)
+    if panel.tag not in tags:
+        known = [short for short, panel in PANELS.items() if panel.tag in tags]
+        raise UsageError(f"--panels: expected some of {' '.join(known)} or a tag of these runs, got {name}")
+    return panel._replace(title=title or panel.title)
+
+
+def default_panels(groups: Groups) -> list[Panel]:
+    """The usual six, without those that have nothing to show. Super Mario Bros. has a way instead of rooms."""
+    runs = [curves for group in groups.values() for curves in group]
+    panels = [PANELS[name] for name in DEFAULT]
+    rooms = PANELS["rooms"]
+    if any(PANELS["x"].tag in curves for curves in runs):
+        panels[panels.index(rooms)] = PANELS["x"]
+    elif not any(curves[rooms.tag][1].any() for curves in runs if rooms.tag in curves):
+        panels.remove(rooms)  # a game without rooms logs zeros
+    panels = [panel for panel in panels if any(panel.tag in curves for curves in runs)]
+    if not panels:
+        raise UsageError("RUN: expected runs that log what the scripts log, found none; name their tags with --panels")
+    return panels
+
+
+# === Drawing ==========================================================================================================
+
+
 def mean_and_spread(curves: list[tuple[np.ndarray, np.ndarray]], smooth: int = 1):
     """Of curves (x, y) of different lengths: a common x; mean, standard deviation and number of those that reach it.
 
-    Every curve is interpolated, and first averaged over windows of `smooth` points.
+    Every curve is averaged over windows of `smooth` points, then interpolated.
     """
-    grid = np.linspace(min(x[0] for x, _ in curves), max(x[-1] for x, _ in curves), POINTS)
+    first = min(x[0] for x, _ in curves)
+    last = max(x[-1] for x, _ in curves)
+    grid = np.linspace(first, last, POINTS)
     rows = []
     for x, y in curves:
         window = np.ones(min(smooth, len(y)))
-        y = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
-        rows.append(np.interp(grid, x, y, left=np.nan, right=np.nan))
-    rows = np.ma.masked_invalid(rows)
-    return grid, rows.mean(0).filled(np.nan), rows.std(0).filled(np.nan), rows.count(0)
+        sums = np.convolve(y, window, "same")
+        counts = np.convolve(np.ones_like(y), window, "same")
+        rows.append(np.interp(grid, x, sums / counts, left=np.nan, right=np.nan))
+    masked = np.ma.masked_invalid(rows)
+    return grid, masked.mean(0).filled(np.nan), masked.std(0).filled(np.nan), masked.count(0)
 
 
-def plot(groups: dict[str, list[dict]], axis: str = "steps", smooth: int = 1):
-    """Figure of six panels; `groups`: label -> curves of its runs, as `read` gives them."""
-    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    with plt.rc_context({**style, "grid.color": "#e8e8e8", "axes.titlesize": 9, "axes.edgecolor": "#999999"}):
-        figure, axes = plt.subplots(2, 3, figsize=(9, 5.2), layout="constrained")
-        mario = any(WAY[1] in run for runs in groups.values() for run in runs)
-        for ax, (title, (tag, log)) in zip(axes.flat, PANELS.items(), strict=True):
-            if mario and tag == "charts/rooms_total":
-                title, tag = WAY
-            for i, (label, runs) in enumerate(groups.items()):
-                name = label + (f" ({len(runs)} runs)" if len(runs) > 1 else "")
-                line = dict(color=f"C{i}", lw=1.4)
-                ax.plot([], [], label=name, **line)
-                if curves := [run[tag] for run in runs if tag in run]:
-                    x, mean, spread, count = mean_and_spread(curves, smooth)
-                    few = count < len(curves)
-                    ax.plot(x, np.where(few, np.nan, mean), **line)
-                    ax.plot(x, np.where(few, mean, np.nan), **line, ls=":")
-                    if len(curves) > 1:
-                        low = np.maximum(mean - spread, mean / 10) if log else mean - spread
-                        ax.fill_between(x, low, mean + spread, color=f"C{i}", alpha=0.2, lw=0)
-            ax.set_title(title, loc="left")
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-            ax.margins(x=0.02)
-            if not any(tag in run for runs in groups.values() for run in runs):
-                ax.text(0.5, 0.5, f"no {tag}\nin these runs", ha="center", va="center", transform=ax.transAxes)
-                ax.set(xticks=[], yticks=[])
-            elif log:
-                ax.set_yscale("log")
-            else:
-                ax.yaxis.set_major_formatter(lambda y, _: EngFormatter(sep="")(y) if abs(y) >= 1000 else f"{y:g}")
-        figure.supxlabel("environment steps, of 4 frames each" if axis == "steps" else "hours", fontsize=8)
-        handles, labels = axes.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
+def draw_curve(ax, curves: list[tuple[np.ndarray, np.ndarray]], color: str, log: bool, smooth: int) -> None:
+    """The mean of the curves, dotted where only some of them go on, and a band of one standard deviation."""
+    x, mean, spread, count = mean_and_spread(curves, smooth)
+    some_ended = count < len(curves)
+    marker = "." if x[0] == x[-1] else None  # a single point is no line
+    ax.plot(x, np.where(some_ended, np.nan, mean), color=color, lw=1.4, marker=marker)
+    ax.plot(x, np.where(some_ended, mean, np.nan), color=color, lw=1.4, ls=":")
+    if len(curves) > 1:
+        low = mean - spread
+        if log:
+            low = np.maximum(low, mean / 10)
+        ax.fill_between(x, low, mean + spread, color=color, alpha=0.2, lw=0)
+
+
+def format_value(value: float, _: int) -> str:
+    return EngFormatter(sep="")(value) if abs(value) >= 1000 else f"{value:g}"
+
+
+def draw_panel(ax, panel: Panel, groups: Groups, unit: float, smooth: int) -> None:
+    curves = [[run[panel.tag] for run in runs if panel.tag in run] for runs in groups.values()]
+    values = np.concatenate([y for group in curves for _, y in group])
+    log = panel.log and values.min() > 0 and values.max() > 10 * values.min()
+    for i, group in enumerate(curves):
+        if group:
+            draw_curve(ax, [(x / unit, y) for x, y in group], f"C{i}", log, smooth)
+    ax.set_title(panel.title)
+    ax.margins(x=0.02)
+    ax.tick_params(labelbottom=True)
+    ax.xaxis.set_major_formatter(format_value)
+    if log:
+        ax.set_yscale("log")
+    else:
+        ax.yaxis.set_major_formatter(format_value)
+
+
+def time_unit(longest: float) -> tuple[str, int]:
+    """Name and seconds of the largest unit that fits twice into `longest` seconds."""
+    fitting = [unit for unit in UNITS if longest >= 2 * unit[1]]
+    return fitting[-1] if fitting else UNITS[0]
+
+
+def plot(groups: Groups, panels: list[Panel], axis: str = "steps", smooth: int = 1):
+    """A figure with a panel for each quantity and a curve for each label."""
+    title, unit = "environment steps", 1
+    if axis == "time":
+        ends = [x[-1] for runs in groups.values() for curves in runs for x, _ in curves.values()]
+        name, unit = time_unit(max(ends))
+        title = f"{name} of training"
+
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    width = max(4, 3 * columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(width, 2.6 * rows), layout="constrained", squeeze=False, sharex=True
+        )
+        for ax, panel in zip(axes.flat, panels, strict=False):
+            draw_panel(ax, panel, groups, unit, smooth)
+        for ax in axes.flat[len(panels) :]:
+            ax.remove()
+        figure.supxlabel(title, fontsize=8)
+
+        labels = [f"{label} ({len(runs)} runs)" if len(runs) > 1 else label for label, runs in groups.items()]
+        lines = [plt.Line2D([], [], color=f"C{i}", lw=1.4) for i in range(len(groups))]
+        longest = max(map(len, labels))
+        fitting = int(16 * width / (longest + 6))  # about 16 characters to the inch
+        figure.legend(lines, labels, loc="outside upper center", ncols=max(1, fitting), frameon=False)
     return figure
+
+
+# === Start ============================================================================================================
+
+
+def check_args(args: argparse.Namespace) -> None:
+    if args.labels and len(args.labels) != len(args.runs):
+        raise UsageError(f"--labels: expected {len(args.runs)}, one for each run, got {len(args.labels)}")
+    if args.smooth < 1:
+        raise UsageError(f"--smooth: expected at least 1, got {args.smooth}")
+    if args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.absolute().parent.is_dir():
+        raise UsageError(f"--out: expected a .png, .svg or .pdf in a folder that exists, got {args.out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, with TensorBoard event files")
-    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write, .png, .svg or .pdf")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="picture to write, .png, .svg or .pdf")
     parser.add_argument("--x", choices=("steps", "time"), default="steps", help="horizontal axis (default: steps)")
     parser.add_argument("--labels", nargs="+", help="one for each RUN; runs with the same label become one curve")
+    parser.add_argument("--panels", nargs="+", metavar="NAME", help="what to show (default: six panels)")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="average over N logged points (default: 1)")
     args = parser.parse_args(argv)
     try:
-        if args.labels and len(args.labels) != len(args.runs):
-            raise UsageError(f"--labels: expected {len(args.runs)}, one for each run, got {len(args.labels)}")
-        if args.smooth < 1:
-            raise UsageError(f"--smooth: expected at least 1, got {args.smooth}")
-        out = Path(args.out)
-        if out.suffix not in (".png", ".svg", ".pdf") or not out.absolute().parent.is_dir():
-            raise UsageError(f"--out: expected a .png, .svg or .pdf in a folder that exists, got {out}")
-        groups: dict[str, list[dict]] = {}
-        for run, label in zip(args.runs, args.labels or map(experiment, args.runs), strict=True):
-            groups.setdefault(label, []).append(read(run, args.x))
-        plot(groups, args.x, args.smooth).savefig(out, dpi=200)
+        check_args(args)
+        labels = args.labels or [experiment(run) for run in args.runs]
+        groups = read_groups(args.runs, labels, args.x)
+        if args.panels:
+            tags = {tag for runs in groups.values() for curves in runs for tag in curves}
+            panels = [find_panel(name, tags) for name in args.panels]
+        else:
+            panels = default_panels(groups)
+        plot(groups, panels, args.x, args.smooth).savefig(args.out, dpi=200)
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
