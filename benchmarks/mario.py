@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rnd_ppo_mario import NES, Args, VectorEnv, check_game
+from rnd_ppo_mario import Args, Game, VectorEnv
 
 Side = Callable[[float], float]  # runs for so many seconds, returns steps per second
 
@@ -55,10 +55,10 @@ for line in sys.stdin:
 
 
 def emulator_only(env_id: str) -> Side:
-    nes = NES(env_id, None)
-    nes.reset_game()
-    nes.act("")  # puts its state into the machine
-    machine = nes.machine
+    game = Game(env_id, seed=1)
+    game.reset(np.zeros(game.shape, np.uint8))
+    game.act(game.noop)  # puts its state into the emulator
+    machine = game.emulator
     rng = np.random.default_rng(0)
     buttons = np.array([1, 0, 0, 0, 0, 0, 1, 1, 1], np.uint8)  # B, left, right and A
 
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     game = Args()
-    check_game(game)
+    Game.check(game)
     result: dict = {
         "command": " ".join(sys.argv),
         "machine": platform.processor() or platform.machine(),

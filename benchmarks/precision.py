@@ -5,7 +5,7 @@
 The bonus is a squared difference of two outputs that grow alike, so rounding gives it a floor that can drown small
 novelty. It is measured on frames that the run has seen (a rollout of its own policy) and on frames that it has not (the
 same ones upside down): the ratio of the mean bonuses and the largest error of a single frame relative to the mean,
-against float64. TF32, which CUDA uses for fp32, is emulated by rounding the factors. The scripts compute the policy in
+against float64. TF32, which the scripts never use, is emulated by rounding the factors. The scripts compute the policy in
 bfloat16 where --precision says so, and the RND networks never: the lines on bf16 bonuses say what that would lose.
 """
 
@@ -20,31 +20,28 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import fastops
 import rnd_ppo_atari as rnd_ppo
 
 
 def collect_rollout(state: dict, num_envs: int, num_steps: int):
     """What is compared: the agent, the inputs of its rollout, the RND networks, and two sets of normalised frames."""
-    args = rnd_ppo.Args(**state["args"])
+    args = rnd_ppo.Args(**rnd_ppo.saved_args(state))
     torch.manual_seed(0)
     envs = rnd_ppo.VectorEnv(args.env_id, num_envs, seed=12345)
     agent = rnd_ppo.load_agent(state)
-    rnd = rnd_ppo.RNDModel()
+    rnd = rnd_ppo.RND()
     rnd.load_state_dict(state["rnd"])
-    obs_rms = fastops.RunningMeanStd((84, 84))
-    obs_rms.load_state_dict(state["obs_rms"])
 
     rollout = rnd_ppo.Rollout(num_steps, num_envs, agent)
-    rollout.start(envs.reset())
+    rollout.start_episodes(envs.reset())
     rnd_ppo.collect(agent, envs, rollout)
     envs.close()
 
-    inputs = rollout.inputs(slice(0, num_steps))
-    seen = rollout.frames[4:].flatten(0, 1)
+    inputs = rollout.sequences(torch.arange(num_envs))
+    seen = rollout.next_frames.flatten(0, 1)
     frames = {
-        "seen": rnd_ppo.normalize_frames(seen, obs_rms),
-        "upside down": rnd_ppo.normalize_frames(seen.flip(1).contiguous(), obs_rms),
+        "seen": rnd.normalize(seen),
+        "upside down": rnd.normalize(seen.flip(1).contiguous()),
     }
     return agent, inputs, rnd, frames
 
@@ -123,7 +120,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-steps", type=int, default=128, help="steps of the rollout")
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
-    state = rnd_ppo.load_checkpoint(options.checkpoint)
+    _, state = rnd_ppo.load_checkpoint(options.checkpoint)
     results = {"rollouts": state["progress"]["iteration"], **measure(state, options.num_envs, options.num_steps)}
     for name, value in results.items():
         print(f"{name:65} {value:.6g}")

@@ -44,7 +44,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from tqdm import tqdm
 
-from rnd_ppo_atari import Agent, Args, RNDModel
+from rnd_ppo_atari import RND, Agent, Args
 
 SCRIPT = Path(__file__).parent.parent / "rnd_ppo_atari.py"
 PHASES = ("rollout", "bonus", "update")
@@ -92,14 +92,14 @@ def count_flops(network: nn.Module, sample: torch.Tensor) -> tuple[int, int]:
 def flops_per_step(proportion: float) -> dict[str, float]:
     """FLOPs of each phase for one step of one environment; `proportion` of the samples train the predictor."""
     policy, policy_backward = count_flops(Agent(18, 448), torch.zeros(1, 4, 84, 84, dtype=torch.uint8))
-    rnd, rnd_backward = count_flops(RNDModel(), torch.zeros(1, 1, 84, 84))
+    rnd, rnd_backward = count_flops(RND(), torch.zeros(1, 1, 84, 84))
     epoch = policy + policy_backward + proportion * (rnd + rnd_backward)
     return {"rollout": policy, "bonus": rnd, "update": Args().update_epochs * epoch}
 
 
 def matmul_rate() -> float:
-    """FLOPs per second of torch.mm on fp32 matrices of 2048x2048; with TF32 on CUDA, as in training."""
-    torch.set_float32_matmul_precision("high" if CUDA else "highest")
+    """FLOPs per second of torch.mm on fp32 matrices of 2048x2048, without TF32, as in training."""
+    torch.set_float32_matmul_precision("highest")
     a, b, c = torch.rand(3, 2048, 2048, device="cuda" if CUDA else "cpu")
     rates = []
     for _ in range(9):
