@@ -5,8 +5,8 @@
 The bonus is a squared difference of two outputs that grow alike, so rounding gives it a floor that can drown small
 novelty. It is measured on frames that the run has seen (a rollout of its own policy) and on frames that it has not (the
 same ones upside down): the ratio of the mean bonuses and the largest error of a single frame relative to the mean,
-against float64. TF32, which the scripts never use, is emulated by rounding the factors. The scripts compute the policy in
-bfloat16 where --precision says so, and the RND networks never: the lines on bf16 bonuses say what that would lose.
+against float64. TF32, which the scripts never use, is emulated by rounding the factors. The scripts compute the policy
+in bfloat16 where --precision says so, and the RND networks never: the lines on bf16 bonuses say what that would lose.
 """
 
 from __future__ import annotations
