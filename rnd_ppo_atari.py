@@ -175,6 +175,7 @@ class Game:
     shape: (H, W) of the screen. palette: the gray of each color index, uint8 (256,), or None where `draw` writes gray.
     """
 
+    SKIP = 4  # frames per action [Burda, Table 2]
     # Where every episode starts in the same state, the 68 frames (3.5 ms) that ALE plays at a reset are played once.
     SAME_START = ("gravitar", "montezuma_revenge", "pitfall", "venture")
 
@@ -255,8 +256,6 @@ class Env:
     All randomness comes from `rng`, seeded by (seed, index).
     """
 
-    SKIP = 4  # frames per action [Burda, Table 2]
-
     def __init__(self, env_id, index=0, *, seed=1, sticky_action_prob=0.25, max_episode_steps=4500, render_mode=None):
         self.index = index
         self.sticky_action_prob = sticky_action_prob
@@ -282,7 +281,7 @@ class Env:
         Returns the unclipped reward, whether the episode is done, and then its summary.
         """
         reward = 0.0
-        for frame, sticky in enumerate((self.rng.random(self.SKIP) < self.sticky_action_prob).tolist()):
+        for frame, sticky in enumerate((self.rng.random(self.game.SKIP) < self.sticky_action_prob).tolist()):
             if not sticky:
                 self.last_action = action
             reward += float(self.game.act(self.last_action))
@@ -290,10 +289,10 @@ class Env:
             over = self.game.over()
             if over:
                 break
-            if frame == self.SKIP - 2:
+            if frame == self.game.SKIP - 2:
                 self.game.draw(self.screens[0])
         self.game.draw(self.screens[1])
-        first = 0 if frame == self.SKIP - 1 else 1  # an episode that ends earlier shows its last screen only
+        first = 0 if frame == self.game.SKIP - 1 else 1  # an episode that ends earlier shows its last screen only
         fastops.max_pool_resize(self.screens[first], self.screens[1], out, self.game.palette)
 
         self.steps += 1

@@ -193,6 +193,7 @@ class Game:
     A process can have one emulator only, which all its games share: the one that acts puts its own state in first.
     """
 
+    SKIP = 4  # frames per action [Burda, Table 2]
     ROM_SHA256 = "ec299b990e8bfee8ba46e3f61d63b2e1ae5b8a2e431de84e2e4bbd692dc53586"  # PAL, run with NTSC timing
     BUTTONS = "B_-SUDLRA"  # in stable-retro's order; - is Select, S is Start
     ACTIONS = ("", "R", "RA", "RB", "RAB", "A", "L", "LA", "LB", "LAB", "D", "U")  # in gym-super-mario-bros's order
@@ -309,8 +310,6 @@ class Env:
     All randomness comes from `rng`, seeded by (seed, index).
     """
 
-    SKIP = 4  # frames per action [Burda, Table 2]
-
     def __init__(self, env_id, index=0, *, seed=1, sticky_action_prob=0.25, max_episode_steps=4500, render_mode=None):
         self.index = index
         self.sticky_action_prob = sticky_action_prob
@@ -336,7 +335,7 @@ class Env:
         Returns the unclipped reward, whether the episode is done, and then its summary.
         """
         reward = 0.0
-        for frame, sticky in enumerate((self.rng.random(self.SKIP) < self.sticky_action_prob).tolist()):
+        for frame, sticky in enumerate((self.rng.random(self.game.SKIP) < self.sticky_action_prob).tolist()):
             if not sticky:
                 self.last_action = action
             reward += float(self.game.act(self.last_action))
@@ -344,10 +343,10 @@ class Env:
             over = self.game.over()
             if over:
                 break
-            if frame == self.SKIP - 2:
+            if frame == self.game.SKIP - 2:
                 self.game.draw(self.screens[0])
         self.game.draw(self.screens[1])
-        first = 0 if frame == self.SKIP - 1 else 1  # an episode that ends earlier shows its last screen only
+        first = 0 if frame == self.game.SKIP - 1 else 1  # an episode that ends earlier shows its last screen only
         fastops.max_pool_resize(self.screens[first], self.screens[1], out, self.game.palette)
 
         self.steps += 1
