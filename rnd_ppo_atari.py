@@ -236,7 +236,7 @@ class Game:
         return None if self.room_byte is None else int(self.ale.getRAM()[self.room_byte])
 
     def statistics(self) -> dict[str, float]:
-        """Further numbers to log for each episode."""
+        """Further numbers to log: means of 100 episodes, and each episode's where the name begins with episodic_."""
         return {}
 
     def get_state(self) -> bytes:
@@ -262,7 +262,7 @@ class Env:
         self.max_episode_steps = max_episode_steps
         self.rng = np.random.default_rng([seed, index])
         self.game = Game(env_id, int(self.rng.integers(2**31)), render_mode)
-        self.screens = np.zeros((2, *self.game.shape), np.uint8)  # the last two of a step
+        self.screens = np.zeros((2, *self.game.shape), np.uint8)  # the last two of a step (SKIP = 1: black, the last)
         self.reset(np.zeros((84, 84), np.uint8))
 
     def reset(self, out: np.ndarray) -> None:
@@ -1061,8 +1061,9 @@ class Run:
         for episodes, rooms in parts:
             for episode in episodes:
                 step = progress.step + (episode["t"] + 1) * width
-                for name in ("episodic_return", "episodic_length"):
-                    events.append((f"charts/{name}", episode["stats"][name], step))
+                for name, value in episode["stats"].items():
+                    if name.startswith("episodic"):
+                        events.append((f"charts/{name}", value, step))
                 if progress.add(episode) and RANK == 0:
                     self.write_replay(episode, step)
             for room in set(rooms) - {-1}:
