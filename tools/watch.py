@@ -67,6 +67,7 @@ def load(path: str | Path, script: str | Path = "") -> tuple[Path, ModuleType, d
     module = import_script(Path(script) if script else find_script(Path(path)))
     try:
         path, state = module.load_checkpoint(path)
+        module.saved_args(state)  # refuses arguments that the script does not have
     except module.UsageError as error:
         raise UsageError(error) from None
     return path, module, state
