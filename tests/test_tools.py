@@ -4,6 +4,9 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +40,18 @@ def loaded(run):
     return watch.load(run)[1:]
 
 
+def play(loaded, index=0, stride=1, replay=(), **changes):
+    """The steps of an episode, which is short unless told otherwise."""
+    script, state = loaded
+    args = watch.checked_args(script, state, **dict(seed=1, max_episode_steps=STEPS) | changes)
+    return list(watch.play(script, state, args, index, stride, replay))
+
+
+def watched(run, out, *argv):
+    """A short video by the command line; its exit code."""
+    return watch.main([str(arg) for arg in (run, "--video", out, "--scale", 2, "--max-steps", STEPS, *argv)])
+
+
 def video(path):
     """Images (n, H, W, 3), BGR, and images a second, as OpenCV reads them."""
     capture = cv2.VideoCapture(str(path))
@@ -53,31 +68,119 @@ def refusal(capsys, main, *argv):
     return said
 
 
-def save(script, state, folder, **progress):
+def save(script, state, folder, **changes):
     """The directory of a run with a checkpoint of the changed state."""
     folder.mkdir()
-    assert script.save_checkpoint(dict(state, progress=dict(state["progress"], **progress)), folder)
+    script.save_checkpoint(state | changes, folder / "checkpoint_000003.pt")
     return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # === What is kept for playing =========================================================================================
 
 
-def test_export(run, loaded, tmp_path, capsys):
-    """Ten times as small, the script plays it, nothing else takes it."""
+def test_an_export_is_small_and_plays_as_the_checkpoint(run, loaded, tmp_path, capsys):
     script, state = loaded
     out = tmp_path / "models" / "game.pt"
     assert export.main([str(run), str(out)]) == 0
     assert out.stat().st_size < 6e6 and list(out.parent.iterdir()) == [out]
-    small = script.load_checkpoint(out)
-    assert small["args"] == state["args"]
+    small = script.load_checkpoint(out)[1]
     weights = script.load_agent(small).state_dict()
     assert all(torch.equal(weights[name], state["agent"][name]) for name in state["agent"])
-    args = script.Args(**state["args"] | dict(play=str(out), episodes=1, max_episode_steps=5, device="cpu"))
+    args = script.Args(**script.saved_args(small) | dict(play=str(out), episodes=1, max_episode_steps=5, device="cpu"))
     assert script.play(args)["episodes"][0]["episodic_length"] == 5
+    with pytest.raises(script.UsageError, match="exported"):
+        script.check_resumable(script.Args(), out, small)
     capsys.readouterr()
-    assert "exported" in refusal(capsys, watch.main, out, "--video", tmp_path / "a.mp4", "--script", SCRIPT)
-    assert "expected a checkpoint" in refusal(capsys, export.main, tmp_path / "nowhere", out)
+    assert "expected a checkpoint" in refusal(capsys, export.main, tmp_path / "nowhere", tmp_path / "a.pt")
+
+
+def test_an_export_can_be_watched_without_the_bonus(run, loaded, tmp_path):
+    assert export.main([str(run), str(tmp_path / "game.pt")]) == 0
+    script, small = watch.load(tmp_path / "game.pt")[1:]
+    steps = play((script, small))
+    assert [step._replace(images=[]) for step in steps] == [
+        step._replace(images=[], bonus=None, scaled_bonus=None) for step in play(loaded)
+    ]
+    assert not [name for name in watch.cells(steps[-1]) if "bonus" in name]
+    assert watch.Strip(560, "Pong-v5", steps[0]).height < watch.Strip(560, "Pong-v5", play(loaded)[0]).height
+    assert watched(tmp_path / "game.pt", tmp_path / "a.mp4", "--rooms", tmp_path / "rooms.png") == 0
+    assert len(video(tmp_path / "a.mp4")[0]) == 4 * STEPS and (tmp_path / "rooms.png").exists()
+
+
+def test_an_export_says_nothing_of_the_machine(run, tmp_path):
+    assert export.main([str(run), str(tmp_path / "game.pt")]) == 0
+    script, small = watch.load(tmp_path / "game.pt")[1:]
+    assert not script.LOCAL_ARGS & set(small["args"]) and str(run.parent).encode() not in contents(tmp_path)["game.pt"]
+
+
+def test_an_export_into_a_run_touches_no_file_of_it(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    script, _ = watch.load(copy)[1:]
+    before, newest = contents(copy), script.load_checkpoint(copy)[0]
+    assert export.main([str(copy), str(copy / "policy.pt")]) == 0
+    after = contents(copy)
+    assert after.pop("policy.pt") and after == before and script.load_checkpoint(copy)[0] == newest
+
+
+def test_an_export_replaces_no_file_and_takes_no_name_of_a_checkpoint(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    before = contents(copy)
+    for name in before:
+        assert "does not exist yet" in refusal(capsys, export.main, copy, copy / name)
+    assert "does not exist yet" in refusal(capsys, export.main, copy, tmp_path)
+    for name in ("checkpoint_000999.pt", "checkpoint_1.pt", "best.pt"):
+        if name not in before:
+            assert "another name" in refusal(capsys, export.main, copy, copy / name)
+    assert contents(copy) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs ulimit")
+def test_an_export_that_cannot_be_written_leaves_nothing(run, tmp_path):
+    command = f"ulimit -f 1000; exec '{sys.executable}' '{ROOT}/tools/export.py' '{run}' game.pt"  # 1000 KiB
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# === Checkpoints of all kinds =========================================================================================
+
+
+def test_a_run_plays_its_newest_checkpoint_that_is_whole(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    whole = last_checkpoint(tmp_path)
+    for name in ("checkpoint_000002-keep.pt", "checkpoint_000009.pt", "checkpoint_1000000.pt"):
+        (copy / name).write_bytes(whole.read_bytes()[:-1000])
+    path, script, _ = watch.load(copy)
+    assert path == whole and script.__file__ == str(SCRIPT)
+    whole.rename(copy / "checkpoint_1000001.pt")  # newer than 000009, although it sorts before it
+    assert watch.load(copy)[0].name == "checkpoint_1000001.pt"
+
+
+def test_a_checkpoint_of_version_0_1_plays_with_its_bonus(loaded, tmp_path):
+    """Format 1 had the statistics beside the networks, and arguments that belong to another machine."""
+    script, state = loaded
+    rnd = dict(state["rnd"])
+    statistics = rnd.pop("_extra_state")
+    args = state["args"] | dict(device="cuda", track=True, run_dir="/nowhere")
+    run = save(script, state, tmp_path / "run", format=1, rnd=rnd, args=args, **statistics)
+    old = play(watch.load(run)[1:], stride=0)
+    assert old == play(loaded, stride=0) and all(step.bonus > 0 for step in old)
+
+
+def test_a_variant_is_found_by_the_name_in_its_checkpoint(tmp_path):
+    script = pytest.importorskip("rnd_ppo_atari_lstm")
+    args, progress = vars(script.Args()), dict(iteration=1, step=0)
+    networks = dict(agent=script.Agent(18, script.Args.lstm_size).state_dict(), rnd=script.RND().state_dict())
+    state = dict(format=script.FORMAT, script="rnd_ppo_atari_lstm", args=args, progress=progress)
+    run = save(script, state | networks, tmp_path / "run")
+    _, found, state = watch.load(run)
+    assert found.__file__ == script.__file__
+    steps = play((found, state), stride=3, max_episode_steps=5)
+    assert [len(step.images) for step in steps] == [2, 1, 1, 2, 1] and all(step.bonus > 0 for step in steps)
 
 
 # === The video's file =================================================================================================
@@ -96,12 +199,12 @@ def test_mp4_from_anywhere_with_a_copied_script(run, tmp_path):
     assert "the copy" in done.stdout and [path.name for path in tmp_path.iterdir() if path.is_file()] == ["a.mp4"]
     images, fps = video(tmp_path / "a.mp4")
     assert fps == 60 and len(images) == 4 * STEPS
-    assert images.shape[2] == 2 * 210 * 4 / 3 and 1.2 < images.shape[1] / (2 * 210) < 1.3  # the game, and the strip
+    assert images.shape[2] == 2 * 210 * 4 / 3 and 1.2 < images.shape[1] / (2 * 210) < 1.5  # the game, and the strip
 
 
 def test_images_are_the_games(loaded, tmp_path):
     """The video's last image shows the emulator's last screen, with each pixel where it belongs."""
-    steps = list(watch.play(*loaded, max_steps=STEPS))
+    steps = play(loaded)
     last = watch.record(tmp_path / "a.mp4", iter(steps), 60, 2)
     assert last is steps[-1] and sum(len(step.images) for step in steps) == 4 * STEPS
     shown = video(tmp_path / "a.mp4")[0][-1][:420, :, ::-1].astype(float)
@@ -109,10 +212,10 @@ def test_images_are_the_games(loaded, tmp_path):
     assert np.abs(shown - screen).mean() < 6
 
 
-def test_gif(run, tmp_path):
-    """Three times as fast: every ninth frame, 20 a second."""
+def test_a_gif_three_times_as_fast_has_every_ninth_frame(run, tmp_path):
+    """20 a second."""
     path = tmp_path / "a.gif"
-    assert watch.main([str(run), "--video", str(path), "--max-steps", str(STEPS), "--scale", "2", "--speed", "3"]) == 0
+    assert watched(run, path, "--speed", 3) == 0
     with Image.open(path) as image:
         assert image.n_frames == math.ceil(4 * STEPS / 9) and image.size[0] == 560
         durations = []
@@ -123,26 +226,132 @@ def test_gif(run, tmp_path):
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
 
 
-def fake_play(script, state, index, *, stride, **_):
-    for t in range(5):
-        images = [np.full((210, 160, 3), 40 * index, np.uint8)] * 4 if stride else []
-        yield watch.Step(images, 4 * t + 4, None, [3.0, 7.0, 5.0][index], 0.0, 0.0, 0.0, 0.1, 0.1)
+@pytest.mark.parametrize(
+    "rows, columns, size",
+    [
+        (210, 160, (840, 630)),
+        (250, 160, (1000, 750)),
+        (224, 240, (822, 672)),
+        (84, 84, (252, 252)),
+        (99, 85, (256, 297)),
+    ],
+)
+def test_pixels_have_the_shape_of_their_screen(rows, columns, size):
+    """Atari fills a 4:3 screen, the pixels of the NES are 8:7, those of other games are squares."""
+    assert watch.video_size(np.zeros((rows, columns, 3), np.uint8), 3) == size
 
 
-@pytest.mark.parametrize("best", [False, True])
-def test_several_episodes(run, tmp_path, monkeypatch, capsys, best):
-    monkeypatch.setattr(watch, "play", fake_play)
-    argv = [str(run), "--video", str(tmp_path / "a.mp4"), "--episodes", "3", "--scale", "2"]
-    assert watch.main([*argv, "--best"] if best else argv) == 0
-    names = ["a.mp4"] if best else ["a-1.mp4", "a-2.mp4", "a-3.mp4"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert ("episode 2, return 7" in capsys.readouterr().out) and video(tmp_path / names[0])[0].shape[0] == 20
+def test_a_video_of_any_picture_can_be_written(tmp_path):
+    """Odd sizes, too, which H.264 would refuse."""
+    step = play_step(images=[np.full((99, 85, 3), 200, np.uint8)] * 3)
+    watch.record(tmp_path / "a.mp4", iter([step, step]), 60, 3)
+    images, _ = video(tmp_path / "a.mp4")
+    assert len(images) == 6 and images.shape[2] == 256 and images[0, :297].mean() == pytest.approx(200, abs=3)
+
+
+def test_a_game_without_colors_is_shown_in_its_gray(loaded):
+    """That of a user, who has replaced the class Game; and in the colors of its method `picture`, if it has one."""
+    script, _ = loaded
+    atari = script.Game("ALE/MontezumaRevenge-v5", 0)
+    screen = np.zeros(atari.shape, np.uint8)
+    atari.reset(screen)
+
+    class Own:
+        shape, palette, draw = atari.shape, atari.palette, staticmethod(atari.draw)
+
+    assert np.array_equal(watch.picture(Own()), np.stack([atari.palette[screen]] * 3, -1))
+    Own.palette = None
+    assert np.array_equal(watch.picture(Own()), np.stack([screen] * 3, -1))
+    Own.picture = staticmethod(atari.ale.getScreenRGB)
+    assert np.array_equal(watch.picture(Own()), watch.picture(atari))
+    assert len(np.unique(watch.picture(atari).std(-1))) > 2  # it has colors
+
+
+def test_several_episodes_have_a_file_each(run, tmp_path):
+    assert watched(run, tmp_path / "a.mp4", "--episodes", 3) == 0
+    assert sorted(contents(tmp_path)) == ["a-1.mp4", "a-2.mp4", "a-3.mp4"]
+    assert len(set(contents(tmp_path).values())) == 3
+
+
+def test_best_records_the_episode_with_the_highest_return(loaded, tmp_path, capsys):
+    script, state = loaded
+    args = state["args"] | dict(
+        env_id="ALE/Boxing-v5"
+    )  # as many actions as Montezuma's Revenge, and returns that differ
+    run = save(script, state, tmp_path / "run", args=args)
+    assert watched(run, tmp_path / "a.mp4", "--episodes", 4, "--max-steps", 60, "--best") == 0
+    said = capsys.readouterr().out
+    returns = [float(text) for text in re.search("returns: (.*)", said)[1].split()]
+    assert len(returns) == 4 and len(set(returns)) > 1
+    assert f"a.mp4: episode {np.argmax(returns) + 1}, return {max(returns):g}, 240 frames" in said
+    assert len(video(tmp_path / "a.mp4")[0]) == 240
 
 
 def test_an_episode_can_be_played_again(loaded):
-    """What --best relies on."""
-    a, b, other = ([step[1:] for step in watch.play(*loaded, i, stride=0, max_steps=40)] for i in (3, 3, 4))
+    """--best relies on it."""
+    a, b, other = (play(loaded, index, stride=0, max_episode_steps=40) for index in (3, 3, 4))
     assert a == b != other
+
+
+def test_replay_is_the_recorded_episode(run, loaded, tmp_path, capsys):
+    """The best episode of the training again: as many frames, as many points, the same last picture as it had."""
+    script, state = loaded
+    recorded = json.loads((run / "best_episode.json").read_text())
+    assert len(recorded["actions"]) == 80 and recorded["episodic_length"] == 20
+    steps = play(loaded, 3, replay=recorded["actions"], seed=9, max_episode_steps=1000)
+    assert steps[-1].frames == 80 and steps[-1].score == recorded["episodic_return"]
+    game = script.Game(state["args"]["env_id"], 77)
+    game.reset(np.zeros(game.shape, np.uint8))
+    for action in recorded["actions"]:
+        game.act(action)
+    assert np.array_equal(steps[-1].images[-1], game.ale.getScreenRGB())
+
+    (tmp_path / "best_shortest.json").write_text(json.dumps(recorded))  # its name in version 0.1.0
+    for replay in (run / "best_episode.json", run, tmp_path / "best_shortest.json"):
+        argv = [run, "--video", tmp_path / "a.mp4", "--scale", 2, "--replay", replay]
+        assert watch.main([str(arg) for arg in argv]) == 0
+        assert "a.mp4: replay, return 0, 80 frames" in capsys.readouterr().out
+        assert len(video(tmp_path / "a.mp4")[0]) == 80
+
+
+def test_a_replay_that_is_none_is_refused(run, tmp_path, capsys):
+    recorded = json.loads((run / "best_episode.json").read_text())
+
+    def refused(**changes):
+        (tmp_path / "a.json").write_text(json.dumps(recorded | changes))
+        return refusal(capsys, watch.main, run, "--video", tmp_path / "a.mp4", "--replay", tmp_path / "a.json")
+
+    assert "expected an episode of MontezumaRevenge" in refused(env_id="ALE/Pong-v5")
+    for wrong in (dict(actions=[]), dict(actions=["up"]), dict(actions=3), dict(episodic_return=None), dict(env_id=1)):
+        assert "--replay: expected best_episode.json" in refused(**wrong)
+    for actions in ([0, 18], [-1]):
+        assert "expected actions from 0 to 17" in refused(actions=actions)
+    for path in (run / "lock", tmp_path, tmp_path / "none.json"):
+        said = refusal(capsys, watch.main, run, "--video", tmp_path / "a.mp4", "--replay", path)
+        assert "--replay: expected best_episode.json" in said
+    for flag in ("--best", "--greedy", "--episodes 2", "--seed 3", "--sticky 0", "--max-steps 9"):
+        argv = [run, "--video", tmp_path / "a.mp4", "--replay", run, *flag.split()]
+        assert "expected no --replay with it" in refusal(capsys, watch.main, *argv)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_leaves_a_video_that_plays(run, tmp_path):
+    argv = [ROOT / "tools" / "watch.py", run, "--video", tmp_path / "a.mp4", "--episodes", "999", "--scale", "2"]
+    with subprocess.Popen([sys.executable, *argv], stderr=subprocess.PIPE, start_new_session=True) as process:
+        while not (tmp_path / "a-2.mp4").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(30) == 130 and process.stderr.read() == b""
+    assert len(video(tmp_path / "a-1.mp4")[0]) == 80 and len(video(tmp_path / "a-2.mp4")[0]) > 0
+
+
+def test_a_video_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
+    for name in ("a.mp4", "a.gif"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere" / name)
+        said = refusal(capsys, watch.main, run, "--video", tmp_path / name, "--max-steps", 3, "--scale", 2)
+        assert "cannot be written" in said and "No such file" in said
 
 
 MEMORY = """
@@ -167,39 +376,19 @@ def look():
 
 _, script, state = watch.load(sys.argv[2])
 state["agent"]["policy_head.bias"][0] += 1e6  # always the no-op: nobody dies
-options = dict(sticky=0.0, max_steps=int(sys.argv[4]))
+args = watch.checked_args(script, state, sticky_action_prob=0.0, max_episode_steps=int(sys.argv[4]))
 threading.Thread(target=look, daemon=True).start()
-for _ in watch.play(script, state, stride=0, **options):
+for _ in watch.play(script, state, args, stride=0):
     pass
 played = peak
-last = watch.record(Path(sys.argv[3]), watch.play(script, state, **options), 60, int(sys.argv[5]), True)
+last = watch.record(Path(sys.argv[3]), watch.play(script, state, args), 60, int(sys.argv[5]), "MontezumaRevenge-v5")
 print(last.frames, played, peak)
 """
 
 
 @pytest.mark.slow
-def test_replay(run, loaded, tmp_path, capsys):
-    """The best episode of the training again: as many frames, as many points, the same last picture as it had."""
-    script, state = loaded
-    recorded = json.loads((run / "best_shortest.json").read_text())
-    assert len(recorded["actions"]) == 80 and recorded["episodic_length"] == 20
-    steps = list(watch.play(script, state, 3, seed=9, sticky=0.25, replay=recorded["actions"]))
-    assert steps[-1].frames == 80 and steps[-1].score == recorded["episodic_return"]
-    game, *_ = script.make_game(state["args"]["env_id"], 77)
-    game.reset_game()
-    for action in recorded["actions"]:
-        game.act(game.getMinimalActionSet()[action])
-    assert np.array_equal(steps[-1].images[-1], game.getScreenRGB())
-    argv = [run, "--video", tmp_path / "a.mp4", "--scale", "2", "--replay"]
-    assert watch.main([str(arg) for arg in (*argv, run / "best_shortest.json")]) == 0
-    assert "80 frames" in capsys.readouterr().out
-    (tmp_path / "other.json").write_text(json.dumps(dict(recorded, env_id="ALE/Pong-v5")))
-    assert "expected an episode of MontezumaRevenge" in refusal(capsys, watch.main, *argv, tmp_path / "other.json")
-    assert "--replay: expected best_first.json" in refusal(capsys, watch.main, *argv, run / "lock")
-
-
-def test_memory(run, tmp_path):
-    """Recording takes less than 500 MiB more than playing, encoder included; all images together would be 3.3 GiB."""
+def test_recording_needs_little_memory(run, tmp_path):
+    """Less than 500 MiB more than playing, encoder included; all images together would be 3.3 GiB."""
     argv = [ROOT / "tools", run, tmp_path / "a.mp4", 900, 2]
     command = [sys.executable, "-c", MEMORY, *(str(arg) for arg in argv)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -212,14 +401,15 @@ def test_memory(run, tmp_path):
 
 
 def test_numbers_are_the_agents(loaded):
-    """Values, rewards and intrinsic rewards against a loop of its own, with its own stacks and whitening."""
+    """Values, rewards and bonuses against a loop of its own, with its own stacks and whitening."""
     script, state = loaded
-    steps = list(watch.play(script, state, 2, greedy=True, max_steps=STEPS, sticky=0.5))
-    args, agent, rnd = state["args"], script.load_agent(state), script.RNDModel()
+    steps = play(loaded, 2, greedy=True, sticky_action_prob=0.5)
+    agent, rnd = script.load_agent(state), script.RND()
     rnd.load_state_dict(state["rnd"])
-    env = script.Env(args["env_id"], 2, seed=1, sticky_action_prob=0.5, max_episode_steps=STEPS)
-    mean, var = (np.asarray(state["obs_rms"][name]) for name in ("mean", "var"))
-    std = math.sqrt(float(state["int_return_rms"]["var"]))
+    env = script.Env(state["args"]["env_id"], 2, seed=1, sticky_action_prob=0.5, max_episode_steps=STEPS)
+    statistics = state["rnd"]["_extra_state"]
+    mean, var = (np.asarray(statistics["obs_rms"][name]) for name in ("mean", "var"))
+    std = math.sqrt(float(statistics["int_return_rms"]["var"]))
     stack, frame, score = np.zeros((4, 84, 84), np.uint8), np.zeros((84, 84), np.uint8), 0.0
     env.reset(frame)
     for step in steps:
@@ -230,78 +420,105 @@ def test_numbers_are_the_agents(loaded):
             x = torch.from_numpy(((frame - mean) / np.sqrt(var)).clip(-5, 5).astype(np.float32))[None, None]
             bonus = ((rnd.predictor(x) - rnd.target(x)) ** 2).mean().item()
         score += reward
-        assert (step.score, step.reward, step.place) == (score, reward, env.look()[0])
+        assert (step.score, step.reward, step.room) == (score, reward, env.room)
         expected = pytest.approx((value.item(), int_value.item(), bonus, bonus / std), rel=1e-4, abs=1e-6)
-        assert (step.value, step.int_value, step.int_reward, step.scaled_int_reward) == expected
-        assert np.array_equal(step.images[-1], env.game.getScreenRGB())
+        assert (step.value, step.int_value, step.bonus, step.scaled_bonus) == expected
+        assert np.array_equal(step.images[-1], env.game.ale.getScreenRGB())
         shown = list(watch.cells(step).values())
         assert [float(text) for text in shown[1:]] == pytest.approx(
             [score, 1, value.item(), int_value.item(), bonus, bonus / std], rel=6e-3, abs=1e-6
         )
-    assert len(steps) == STEPS and len({step.int_reward for step in steps}) > 15
+    assert len(steps) == STEPS and len({step.bonus for step in steps}) > 15
 
 
-def test_variant_with_a_memory(tmp_path):
-    """A checkpoint names its script: nothing in the tools is about one of them."""
-    script = pytest.importorskip("rnd_ppo_atari_lstm")
-    agent, args = script.Agent(18, script.Args.lstm_size), vars(script.Args())
-    parts = dict(agent=agent, rnd=script.RNDModel(), obs_rms=script.fastops.RunningMeanStd((84, 84)))
-    parts["int_return_rms"] = script.fastops.RunningMeanStd(())
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= dict(format=script.FORMAT, script="rnd_ppo_atari_lstm", args=args, progress=dict(iteration=1, step=0))
-    run = save(script, state, tmp_path / "run")
-    _, found, state = watch.load(run)
-    assert found.__file__ == script.__file__
-    steps = list(watch.play(found, state, max_steps=5, stride=3))
-    assert [len(step.images) for step in steps] == [2, 1, 1, 2, 1] and all(step.int_reward > 0 for step in steps)
+def play_step(images=(), frames=4, room=None, score=0.0, reward=0.0, value=0.0, bonus=0.1):
+    return watch.Step(list(images), frames, room, score, reward, value, value, bonus, bonus)
 
 
-def draw(values, rewards=(), places=(), width=840):
-    """The strip after steps with these intrinsic rewards."""
-    strip = watch.Strip(width, bool(places))
+def test_numbers_are_written_as_a_reader_expects():
+    shown = watch.cells(play_step(frames=17999, room=7, score=1234567.0, value=-123456.7, bonus=0.05))
+    assert shown == {
+        "time": "4:59",
+        "score": "1234567",
+        "room": "7",
+        "value": "-1.23e+05",
+        "intrinsic value": "-1.23e+05",
+        "bonus": "0.0500",
+        "bonus / std": "0.0500",
+    }
+    assert watch.three_digits(100.0) == "100"
+
+
+def draw(values, rewards=(), rooms=(), width=840, game=""):
+    """The strip after steps with these bonuses."""
+    strip = None
     for t, value in enumerate(values):
-        place = places[t] if places else None
+        room = rooms[t] if rooms else None
         reward = rewards[t] if rewards else 0.0
-        picture = strip.draw(watch.Step([], 4 * t + 4, place, 0.0, reward, 0.0, 0.0, value, value))
-    return strip, picture
+        step = play_step(frames=4 * t + 4, room=room, reward=reward, bonus=value)
+        strip = strip or watch.Strip(width, game, step)
+        image = strip.draw(step)
+    return strip, image
 
 
-def test_plot_of_the_strip():
-    """Bars as high as the intrinsic rewards in proportion to the axis limit, marks where the rewards were."""
+def test_bars_are_as_high_as_the_bonus_and_marks_are_where_the_rewards_were():
     values = [1.0] * 100 + [0.5] * 50 + [0.25] * 50
-    strip, picture = draw(values, rewards=[0.0] * 150 + [100.0] + [0.0] * 49)
-    assert picture.shape == (strip.height, 840, 3) and picture.dtype == np.uint8
-    bars = (picture[76:158].astype(int) - watch.PAPER).max(-1) > 10
-    for t, height in ((50, 82), (120, 41), (180, 21), (250, 0)):
-        assert bars[:, 12 + t * 816 // 300].sum() == height, t
-    green = (picture == watch.REWARD).all(-1)[76:116].all(0)
-    assert np.flatnonzero(green).tolist() == [12 + 150 * 816 // 300]
-    strip, picture = draw([0.004] * 299 + [0.1, 0.004])  # the axis has doubled, and a spike is as high as before
-    bars = (picture[76:158].astype(int) - watch.PAPER).max(-1) > 10
-    assert strip.span == 600 and bars.sum(0).max() == 82 and (bars.sum(0) == 82).sum() in (1, 2)
+    strip, image = draw(values, rewards=[0.0] * 150 + [100.0] + [0.0] * 49)
+    assert image.shape == (strip.height, 840, 3) and image.dtype == np.uint8
+    plot = image[strip.top : strip.bottom]
+    height, width = strip.bottom - strip.top, strip.right - strip.left
+    bars = (plot.astype(int) - watch.PAPER).max(-1) > 10
+    for t, share in ((50, 1), (120, 0.5), (180, 0.25), (250, 0)):
+        assert bars[:, strip.left + t * width // 300].sum() == math.ceil(share * height), t
+    green = (plot == watch.REWARD).all(-1)[: height // 2].all(0)
+    assert np.flatnonzero(green).tolist() == [strip.left + 150 * width // 300]
+    strip, image = draw([0.004] * 299 + [0.1, 0.004])  # the axis has doubled, and a spike is as high as before
+    bars = (image[strip.top : strip.bottom].astype(int) - watch.PAPER).max(-1) > 10
+    assert len(strip.bonuses) == 600 and bars.sum(0).max() == height and (bars.sum(0) == height).sum() in (1, 2)
 
 
-def test_rooms_in_the_strip():
-    strip, picture = draw([0.1] * 5, places=[1, 1, 2, 2, 6])
-    assert [label for _, label, _ in strip.events] == ["room 2", "room 6"]
-    colors = [tuple(picture[y + 5, x + 5]) for x, y in strip_rooms().values()]
-    expected = {1: watch.SURPRISE_DARK, 2: watch.SURPRISE_DARK, 6: watch.SURPRISE}
-    assert colors == [expected.get(room, watch.PAPER) for room in strip_rooms()]
+def test_new_rooms_are_marked_in_every_game_that_has_them():
+    rooms = [1, 1, 2, 2, 6]
+    strip, image = draw([0.1] * 5, rooms=rooms, game="MontezumaRevenge-v5")
+    assert [label for _, label, _ in strip.marks] == ["room 2", "room 6"]
+    width, height = strip.room_size
+    cells = watch.pyramid(strip.right + width, strip.bottom - 4 * height, width, height)
+    colors = {room: tuple(image[y + 5, x + 5]) for room, x, y in cells}
+    visited = {1: watch.SURPRISE_DARK, 2: watch.SURPRISE_DARK, 6: watch.SURPRISE}
+    assert colors == {room: visited.get(room, watch.PAPER) for room in range(24)}
+    strip, _ = draw([0.1] * 5, rooms=rooms, game="Pitfall-v5")
+    assert [label for _, label, _ in strip.marks] == ["room 2", "room 6"] and not strip.has_map
+    assert draw([0.1] * 5)[0].marks == []
 
 
-def strip_rooms():
-    return {room: (x, y) for room, x, y in watch.pyramid_cells(828 - 9 * 18, 158 - 4 * 16, 18, 16)}
+def test_a_column_is_what_only_mario_has():
+    step = play_step(room=3)
+    for game, name in {"SuperMarioBros-1-1-simple": "column", "Pitfall-v5": "room", "Maze-1": "room"}.items():
+        assert watch.Strip(840, game, step).place == name
+        assert name in watch.cells(step, name)
+    assert draw([0.1] * 3, rooms=[1, 2, 3], game="SuperMarioBros-1-1-simple")[0].marks == []  # there are too many
 
 
-@pytest.mark.parametrize("scale", [2, 3, 8])
-def test_nothing_overlaps_in_the_strip(scale):
-    """Even the longest number ends before the next one begins."""
-    numbers = [-0.000123456, -123456.7, -1.5e-9]
-    steps = [watch.Step([], 17999, 23, 123456.0, 0.0, x, x, abs(x), abs(x)) for x in numbers]
-    u = scale * 280 / 840
-    for name, value in (cell for step in steps for cell in watch.cells(step).items()):
-        assert watch.font(max(10, round(13 * u))).getlength(name) < 118 * u - 3, name
-        assert watch.font(round(21 * u)).getlength(value) < 118 * u - 3, value
+# Widths of 84 pixels, of the NES and of Atari at their smallest, and larger ones.
+@pytest.mark.parametrize("width", [168, 252, 548, 560, 822, 840, 1120, 2240])
+@pytest.mark.parametrize("bonus", [0.000123456, None])
+def test_the_strip_is_legible_at_every_size(width, bonus):
+    """Letters of 12 pixels at least, a gap after even the longest number, nothing cut off."""
+    game = "MontezumaRevenge-v5" if width >= 560 else ""
+    step = play_step(frames=17999, room=23, score=12345678.0, reward=-100.0, value=-0.000123456, bonus=bonus)
+    strip = watch.Strip(width, game, step)
+    image = strip.draw(step)
+    assert strip.text.size >= 12 and strip.number.size >= 16
+    written = (image != watch.PAPER).any(-1)
+    numbers = written[: strip.top - strip.text_height - 4]
+    assert numbers.any() and not numbers[:, -3:].any() and not written[:2].any() and not written[-2:].any()
+    cell_width = (width - strip.margin) / strip.columns
+    for column in range(1, strip.columns):
+        x = round(strip.margin + column * cell_width)
+        assert not numbers[:, x - 3 : x].any(), column
+    for row in range(1, math.ceil(len(watch.cells(step)) / strip.columns)):
+        y = round(6 * strip.unit) + row * strip.row_height
+        assert not written[y - 2 : y].any(), row
 
 
 # === The map of rooms =================================================================================================
@@ -309,27 +526,27 @@ def test_nothing_overlaps_in_the_strip(scale):
 
 def room_pixels(image):
     """Color inside each room of the map, away from its text, and of its border."""
-    cells = {room: (x, y) for room, x, y in watch.pyramid_cells(18, 92, 96, 72)}
+    cells = {room: (x, y) for room, x, y in watch.pyramid(18, 92, 96, 72)}
     return {room: tuple(image.getpixel((x + 10, y + 36)) for x in (x, x - 7)) for room, (x, y) in cells.items()}
 
 
-def test_rooms(loaded):
-    """Exactly the rooms of a known list are colored, the brighter the more often; the entrance has a white border."""
+def test_the_map_colors_the_rooms_that_were_visited(loaded):
+    """Exactly the rooms of a known list, the brighter the more often; the entrance has a white border."""
     _, state = loaded
-    visits = {1: 1_000_000, 0: 2000, 2: 30_000, 6: 100, 11: 0, 23: 1, 99: 5}
+    visits = {1: 1_000_000, 0: 2000, 2: 30_000, 6: 100, 11: 0, 23: 2, 99: 5}  # 11: an episode that goes on is in there
     image = watch.draw_rooms(dict(state, progress=dict(state["progress"], visits=visits)))
     found = room_pixels(image)
     assert list(found) == list(range(24))
     colored = {room: color for room, (color, _) in found.items() if color != watch.PAPER}
-    assert colored == watch.room_colors({room: visits[room] for room in (0, 1, 2, 6, 23)})
+    assert colored == watch.room_colors({room: visits[room] for room in (0, 1, 2, 6, 11, 23)})
     by_visits = sorted(colored, key=visits.get)
-    assert by_visits == sorted(colored, key=lambda room: sum(colored[room])) and len(set(colored.values())) == 5
-    assert [room for room, (_, border) in found.items() if border == watch.INK] == [1]
+    assert by_visits == sorted(colored, key=lambda room: sum(colored[room])) and len(set(colored.values())) == 6
+    assert [room for room, (_, border) in found.items() if border == watch.INK] == [watch.ENTRANCE]
 
 
-def test_pyramid():
-    """Rooms of a level lie side by side, levels in the middle above each other."""
-    where = {room: (x, y) for room, x, y in watch.pyramid_cells(0, 0, 1, 1)}
+def test_rooms_of_a_level_lie_side_by_side():
+    """And levels in the middle above each other."""
+    where = {room: (x, y) for room, x, y in watch.pyramid(0, 0, 1, 1)}
     assert [where[room] for room in (1, 5, 11, 19)] == [(4, 0), (4, 1), (4, 2), (4, 3)]
     assert [where[room] for room in (0, 2, 3, 7, 8, 14, 15, 23)] == [
         (3, 0), (5, 0), (2, 1), (6, 1), (1, 2), (7, 2), (0, 3), (8, 3)
@@ -337,7 +554,7 @@ def test_pyramid():
     assert len(set(where.values())) == 24
 
 
-def test_rooms_of_a_run(loaded, run, tmp_path):
+def test_the_map_of_a_run_has_its_rooms(loaded, run, tmp_path):
     path = tmp_path / "rooms.png"
     assert loaded[1]["progress"]["visits"] and watch.main([str(run), "--rooms", str(path)]) == 0
     with Image.open(path) as image:
@@ -346,42 +563,73 @@ def test_rooms_of_a_run(loaded, run, tmp_path):
     assert {color for color, _ in room_pixels(empty).values()} == {watch.PAPER}
 
 
-def test_no_map(loaded, tmp_path, capsys):
+@pytest.mark.parametrize("count, text", [(0, "0"), (999, "999"), (1000, "1k"), (12345, "12.3k"), (10**10, "10G")])
+def test_steps_are_short_on_the_map(count, text):
+    assert watch.short(count) == text
+
+
+def test_no_map_of_other_games_or_without_the_visits(loaded, tmp_path, capsys):
     script, state = loaded
-    run = save(script, dict(state, args=dict(state["args"], env_id="ALE/Pitfall-v5")), tmp_path / "run")
+    run = save(script, state, tmp_path / "run", args=dict(state["args"], env_id="ALE/Pitfall-v5"))
     said = refusal(capsys, watch.main, run, "--rooms", tmp_path / "rooms.png")
     assert "expected MontezumaRevenge, the game whose map is known, got ALE/Pitfall-v5" in said
+    run = save(script, state, tmp_path / "old", progress=dict(iteration=1, step=8))  # as version 0.1.0 exported it
+    assert "exported weights without them" in refusal(capsys, watch.main, run, "--rooms", tmp_path / "rooms.png")
 
 
 # === What is refused ==================================================================================================
 
 
-def test_watch_refuses(run, tmp_path, capsys):
+def test_watch_refuses(run, loaded, tmp_path, capsys):
     def refused(*argv):
         return refusal(capsys, watch.main, *argv)
 
     out = ("--video", tmp_path / "a.mp4")
     assert "No such file" in refused(tmp_path / "nowhere.pt", *out)
-    assert "expected a run with checkpoint_*.pt, found none" in refused(tmp_path, *out)
+    assert "with checkpoint_*.pt, found none" in refused(tmp_path, *out)
     whole = last_checkpoint(run.parent).read_bytes()
     for name, data in dict(empty=b"", text=b"hello " * 100, cut=whole[:-1000]).items():
         (tmp_path / name).write_bytes(data)
         assert "expected a checkpoint" in refused(tmp_path / name, *out)
     (tmp_path / "flipped").write_bytes(whole[:-5000] + bytes([whole[-5000] ^ 1]) + whole[-4999:])
     assert "expected a checkpoint" in refused(tmp_path / "flipped", *out)
-    assert "name it with --script" in refused(run, *out, "--script", tmp_path / "nowhere.py")
-    (tmp_path / "other.py").write_text("x = 1\n")
-    assert "expected a script of this project" in refused(run, *out, "--script", tmp_path / "other.py")
-    (tmp_path / "other.py").write_text("import not_there\n")
-    assert "not_there" in refused(run, *out, "--script", tmp_path / "other.py")
-    assert "expected .mp4 or .gif" in refused(run, "--video", tmp_path / "a.avi")
-    assert "expected .mp4 or .gif" in refused(run, "--video", tmp_path / "no" / "a.mp4")
-    assert "expected .png" in refused(run, "--rooms", tmp_path / "rooms.mp4")
+    assert "expected a .mp4 or .gif" in refused(run, "--video", tmp_path / "a.avi")
+    assert "expected a .mp4 or .gif" in refused(run, "--video", tmp_path / "no" / "a.mp4")
+    assert "expected a .png" in refused(run, "--rooms", tmp_path / "rooms.mp4")
     assert "got neither" in refused(run)
+    assert "--speed: expected --video" in refused(run, "--rooms", tmp_path / "rooms.png", "--speed", 4)
+    assert "--rom: expected a checkpoint of a script that has" in refused(run, *out, "--rom", "a.nes")
     for flag, value in dict(scale=1, speed=0, episodes=0, sticky=1.5, seed=-1, max_steps=0).items():
         flag = "--" + flag.replace("_", "-")
         assert f"{flag}: expected a number from" in refused(run, *out, flag, value)
-    assert not list(tmp_path.glob("*.mp4"))
+    assert not list(tmp_path.glob("*.mp4")) and not list(tmp_path.glob("*.png"))
+
+
+def test_watch_refuses_a_script_that_is_none(run, loaded, tmp_path, capsys):
+    out = ("--video", tmp_path / "a.mp4")
+
+    def refused(text):
+        (tmp_path / "other.py").write_text(text)
+        return refusal(capsys, watch.main, run, *out, "--script", tmp_path / "other.py")
+
+    assert "--script: expected" in refusal(capsys, watch.main, run, *out, "--script", tmp_path / "nowhere.py")
+    assert "found no Args, Env, Game, RND" in refused("x = 1\n")
+    assert "not_there" in refused("import not_there\n")
+    assert "can be imported" in refused("import sys\nsys.exit('usage')\n")
+    assert "SyntaxError" in refused("def\n")
+
+
+def test_watch_refuses_a_checkpoint_of_another_script(loaded, tmp_path, capsys):
+    script, state = loaded
+    out = ("--video", tmp_path / "a.mp4")
+    run = save(script, state, tmp_path / "more", args=state["args"] | dict(temperature=1.0))
+    assert "temperature" in refusal(capsys, watch.main, run, *out)
+    agent = state["agent"] | {"trunk.0.weight": torch.zeros(16, 4, 8, 8)}
+    run = save(script, state, tmp_path / "wide", agent=agent)
+    assert "expected the networks of" in refusal(capsys, watch.main, run, *out)
+    (tmp_path / "named").mkdir()
+    torch.save(dict(state, script="my_rnd"), tmp_path / "named" / "checkpoint_000001.pt")
+    assert "got one of my_rnd.py; name it with --script" in refusal(capsys, watch.main, tmp_path / "named", *out)
 
 
 @pytest.mark.parametrize("tool, package", [("watch", "imageio_ffmpeg"), ("watch", "PIL"), ("plot", "matplotlib")])
