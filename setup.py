@@ -1,46 +1,45 @@
-"""What pyproject.toml cannot say: how the Cython modules of fastops are compiled.
+"""Compile the Cython modules of fastops. pyproject.toml has everything else.
 
-`FASTOPS_DEBUG=1 pip install .` builds them with bounds checks on.
+`FASTOPS_DEBUG=1 pip install .` compiles them with bounds checks.
 """
 
 import os
-import zlib
+import sys
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("FASTOPS_DEBUG", "0") not in ("", "0")
-MODULES = ("_frames", "_returns", "_stats")
-# Compiled in, and compared at import: kernels never run beside sources that they were not built from.
-SOURCES = [Path("fastops", name) for name in ("_checks.py", "reference.py", *(f"{name}.pyx" for name in MODULES))]
-CHECKSUM = zlib.crc32("".join(source.read_text("utf-8") for source in SOURCES).encode())
+# GCC and Clang may otherwise fuse a product and a sum, which rounds once where OpenCV and NumPy round twice. MSVC fuses
+# nothing, and its default is its highest level.
+FLAGS = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=off"]
 
 
-class BuildExt(build_ext):
-    def build_extensions(self) -> None:
-        # A fused multiply-add rounds once where OpenCV and NumPy round twice.
-        flags = ["/O2"] if self.compiler.compiler_type == "msvc" else ["-O3", "-ffp-contract=off"]
-        for extension in self.extensions:
-            extension.extra_compile_args = flags
-            extension.define_macros = [("FASTOPS_CHECKSUM", f"{CHECKSUM}u")]
-            extension.optional = True  # where no compiler is at hand the install succeeds, and fastops runs on NumPy
-        super().build_extensions()
+def extension(name: str) -> Extension:
+    """The module `fastops.name`, built from a copy of its source with one more line: `SOURCE = "..."`, the whole text.
+
+    fastops/__init__.py compares it with the source beside it and refuses a module that was built from another.
+    """
+    text = Path("fastops", f"{name}.pyx").read_text("utf-8")
+    copy = Path("build", "fastops", f"{name}.pyx")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(f"{text}\nSOURCE = {text!r}\n", "utf-8")
+    return Extension(f"fastops.{name}", [str(copy)], extra_compile_args=FLAGS)
 
 
-setup(
-    cmdclass={"build_ext": BuildExt},
-    ext_modules=cythonize(
-        [Extension(f"fastops.{name}", [f"fastops/{name}.pyx"]) for name in MODULES],
-        compiler_directives={
-            "language_level": "3",
-            "boundscheck": DEBUG,
-            "wraparound": DEBUG,
-            "initializedcheck": DEBUG,
-            "cdivision": True,
-        },
-        build_dir="build/cython",
-        force=True,  # Cython does not notice that the directives changed
-    ),
+extensions = cythonize(
+    [extension(name) for name in ("_frames", "_returns", "_stats")],
+    compiler_directives={
+        "language_level": "3",
+        "boundscheck": DEBUG,
+        "wraparound": DEBUG,
+        "initializedcheck": DEBUG,
+        "cdivision": True,
+    },
+    force=True,  # Cython does not notice when only the directives change
 )
+for module in extensions:
+    module.optional = True  # where no compiler is available, the installation succeeds and fastops runs on NumPy
+
+setup(ext_modules=extensions)

@@ -1,41 +1,49 @@
-"""The loops of RND-PPO that NumPy is slow at, in Cython, with NumPy twins where no compiler was at hand.
+"""The loops of RND-PPO that are slow in NumPy, in Cython. Where no compiler is available, they run in NumPy.
 
     max_pool_resize(frame_a, frame_b, out, palette=None)    two Atari frames -> one 84x84 observation
-    rgb_to_gray(rgb, out)                                   a frame in color -> gray, for emulators that give no gray
+    rgb_to_gray(rgb, out)                                   a color frame -> gray, for emulators without a gray screen
     gae(rewards, values, dones, last_value, gamma, lam)     generalised advantage estimation
-    discounted_sum(rewards, carry, gamma, reverse)          discounted running sums of the rewards
-    RunningMeanStd(shape=(), count=1e-4)                    running mean and variance, normalise and clip
+    discounted_sum(rewards, carry, gamma, reverse)          discounted running sums of rewards
+    RunningMeanStd(shape=(), count=1e-4)                    running mean and variance; normalise and clip
+    ATARI_GRAYS                                             the gray of each color of ALE's screens, uint8 (256,)
+    BACKEND                                                 "cython" or "numpy"; both give the same bits
 
-`ATARI_GRAYS` is the palette of ALE's screens. Arrays over time are (T, N): T steps of N environments. `BACKEND` is
-"cython" or "numpy"; both give the same bits.
+Arrays over time are (T, N): T steps of N environments. The functions are documented in reference.py.
 """
 
 import pkgutil
 import warnings
-import zlib
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from . import reference
 from .reference import ATARI_GRAYS, RunningMeanStd, discounted_sum, gae, max_pool_resize, rgb_to_gray
 
 __all__ = ["ATARI_GRAYS", "BACKEND", "RunningMeanStd", "discounted_sum", "gae", "max_pool_resize", "rgb_to_gray"]
 
-# From the root of the repository this folder hides an installed fastops: its compiled modules are found all the same.
+# A script in the repository's root imports this folder even if fastops is installed. The compiled modules of the
+# installed one are found through this path.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 
-_SOURCES = ("_checks.py", "reference.py", "_frames.pyx", "_returns.pyx", "_stats.pyx")  # as in setup.py
+def _load(name: str) -> ModuleType:
+    """Import a compiled module, and refuse it if it was not built from the source beside this file."""
+    module = import_module(f"{__name__}.{name}")
+    source = Path(__file__).with_name(f"{name}.pyx")
+    built_from = getattr(module, "SOURCE", None)  # the text of its source, see setup.py
+    if built_from != source.read_text("utf-8"):
+        raise ImportError(f"{module.__file__} was not built from {source}")
+    return module
+
+
 try:
-    _frames, _returns, _stats = (import_module(f"{__name__}.{name}") for name in ("_frames", "_returns", "_stats"))
-    _checksum = zlib.crc32("".join(Path(__file__).with_name(name).read_text("utf-8") for name in _SOURCES).encode())
-    for _module in (_frames, _returns, _stats):
-        if _checksum != _module.CHECKSUM:
-            raise ImportError(f"{_module.__file__} was built from other sources than those in {Path(__file__).parent}")
+    _frames, _returns, _stats = _load("_frames"), _load("_returns"), _load("_stats")
+except ModuleNotFoundError:  # nothing is compiled
+    BACKEND = "numpy"
 except (ImportError, OSError) as _error:
     BACKEND = "numpy"
-    if not isinstance(_error, ModuleNotFoundError):  # that is an installation without a compiler
-        warnings.warn(f"fastops runs on NumPy: {_error}. Please install again.", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"fastops runs on NumPy: {_error}. Please install again.", RuntimeWarning, stacklevel=2)
 else:
     BACKEND = "cython"
     max_pool_resize, rgb_to_gray = _frames.max_pool_resize, _frames.rgb_to_gray

@@ -1,7 +1,7 @@
-"""Argument checks shared by the compiled kernels and their NumPy twins: both raise the same errors.
+"""Argument checks. The compiled kernels and their NumPy twins share them, so both raise the same errors.
 
-`TypeError` for a wrong type or dtype, `ValueError` for a wrong shape, layout, overlap or value. Every message names the
-argument, what was expected and what came.
+A wrong type or dtype raises `TypeError`; a wrong shape, layout, overlap or value raises `ValueError`. Every message
+names the argument and says what was expected and what came.
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ from typing import Any
 import numpy as np
 from numpy import may_share_memory
 
-SIZE = 84  # the side of a resized frame
-MAX_SIDE = 4096  # of a source frame; bounds every buffer in _frames.pyx
-TINY, MAX = float_info.min, float_info.max
-UINT8, FLOAT32, FLOAT64, BOOL = (np.dtype(t) for t in (np.uint8, np.float32, np.float64, np.bool_))
+SIZE = 84  # the side of an observation
+MAX_SIDE = 4096  # the longest side of a frame; the row buffer in _frames.pyx is made for it
+TINY = float_info.min
+MAX = float_info.max
+UINT8 = np.dtype(np.uint8)
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+BOOL = np.dtype(np.bool_)
 
 
 def check_array(
     name: str, value: Any, dtypes: tuple[np.dtype, ...], shape: tuple[int, ...] | int | None, writeable: bool = False
 ) -> None:
-    """A plain, aligned, C-contiguous array of one of `dtypes`, native byte order. `shape` may be a number of axes."""
+    """Accept a plain, aligned, C-contiguous array of one of `dtypes` in native byte order.
+
+    `shape` is the shape, the number of axes, or None for any shape.
+    """
     if type(value) is not np.ndarray:
         raise TypeError(f"{name}: expected a numpy.ndarray, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -44,7 +51,7 @@ def check_disjoint(name: str, value: np.ndarray, other_name: str, other: np.ndar
 
 
 def check_real(name: str, value: Any, low: float, high: float) -> float:
-    """A number in [low, high], as a float. A bool is refused: it is a flag in the wrong place."""
+    """Return a number in [low, high] as a float. A bool is refused: it would be a flag in the wrong place."""
     if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
@@ -106,7 +113,7 @@ def check_shape(shape: Any) -> tuple[int, ...]:
 
 
 def check_batch(name: str, batch: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """`batch` (..., *shape) as a view (samples, features)."""
+    """Return a view of `batch` (..., *shape) as (samples, features)."""
     check_array(name, batch, (UINT8, FLOAT32, FLOAT64), None)
     lead = batch.ndim - len(shape)
     if lead < 0 or batch.shape[lead:] != shape:
@@ -123,13 +130,14 @@ def check_normalize(x: Any, clip: Any, out: Any, shape: tuple[int, ...]) -> tupl
 
 
 def check_statistics(mean: Any, var: Any, count: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, float]:
-    """Copies of `mean` and `var` as float64, and `count` as a float."""
-    mean, var = check_finite("mean", mean, -MAX, shape), check_finite("var", var, 0, shape)
+    """Return copies of `mean` and `var` as float64, and `count` as a float."""
+    mean = check_finite("mean", mean, -MAX, shape)
+    var = check_finite("var", var, 0, shape)
     return mean, var, check_real("count", count, TINY, MAX)
 
 
 def check_finite(name: str, value: Any, low: float, shape: tuple[int, ...]) -> np.ndarray:
-    """A copy of anything that NumPy takes for real numbers of `shape`, finite and not below `low`."""
+    """Return a float64 copy of anything that NumPy reads as real numbers of `shape`, all finite and at least `low`."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError) as error:

@@ -1,14 +1,8 @@
-"""The two loops of `RunningMeanStd` over samples (S, F). Documentation: fastops/reference.py."""
+"""The two loops of `RunningMeanStd`, over samples (S, F). The comments at them are the NumPy lines."""
 
 import numpy as np
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-
-
-cdef extern from *:
-    const unsigned int FASTOPS_CHECKSUM  # of the sources, see setup.py
-
-CHECKSUM = FASTOPS_CHECKSUM
 
 ctypedef fused number:
     uint8_t
@@ -17,41 +11,41 @@ ctypedef fused number:
 
 
 def sums(const uint8_t[:, ::1] samples not None):
-    """Sum and sum of squares over the samples, uint64 (F,) each."""
-    cdef Py_ssize_t count = samples.shape[0], features = samples.shape[1], left, top, width, s, f
-    cdef uint32_t[2048] sum1, sum2
+    """The sum and the sum of squares over the samples, uint64 (F,) each."""
+    cdef Py_ssize_t count = samples.shape[0], features = samples.shape[1], left, width, top, bottom, s, f
+    cdef uint32_t[2048] block_sum, block_squares
     cdef uint32_t x
     cdef const uint8_t* row
     totals = np.zeros((2, features), np.uint64)
     cdef uint64_t[:, ::1] total = totals
     with nogil:
-        for left in range(0, features, 2048):  # a block's sums stay in the first-level cache
+        for left in range(0, features, 2048):  # the sums of so many features stay in the first-level cache
             width = min(<Py_ssize_t>2048, features - left)
-            for top in range(0, count, 65536):  # as many squares as a uint32 holds the sum of
+            for top in range(0, count, 65536):  # the sum of so many squares of a uint8 fits into a uint32
+                bottom = min(top + 65536, count)
                 for f in range(width):
-                    sum1[f] = sum2[f] = 0
-                for s in range(top, min(top + 65536, count)):
+                    block_sum[f] = block_squares[f] = 0
+                for s in range(top, bottom):
                     row = &samples[s, left]
                     for f in range(width):  # samples.sum(0), np.square(samples).sum(0)
                         x = row[f]
-                        sum1[f] += x
-                        sum2[f] += x * x
+                        block_sum[f] += x
+                        block_squares[f] += x * x
                 for f in range(width):
-                    total[0, left + f] += sum1[f]
-                    total[1, left + f] += sum2[f]
+                    total[0, left + f] += block_sum[f]
+                    total[1, left + f] += block_squares[f]
     return totals[0], totals[1]
 
 
 def normalize(const number[:, ::1] samples not None, const double[::1] mean not None, const double[::1] std not None,
               double clip, float[:, ::1] out not None):
-    """out = np.clip((samples - mean) / std, -clip, clip)"""
     cdef Py_ssize_t count = samples.shape[0], features = samples.shape[1], s, f
     cdef double z
     if not (mean.shape[0] == std.shape[0] == out.shape[1] == features and out.shape[0] == count):
         raise ValueError("mean, std, out: expected shapes that match the samples")
     with nogil:
         for s in range(count):
-            for f in range(features):
+            for f in range(features):  # out = np.clip((samples - mean) / std, -clip, clip)
                 z = (samples[s, f] - mean[f]) / std[f]
                 z = clip if z > clip else z
                 z = -clip if z < -clip else z

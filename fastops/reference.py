@@ -1,6 +1,6 @@
-"""The functions of `fastops` in NumPy: the oracle of the tests, and what runs where no compiler was at hand.
+"""The functions of `fastops` in NumPy, for machines where no compiler is available, and as the reference of the tests.
 
-Their docstrings are the documentation of both back ends. Results are bit-equal to the compiled ones.
+The compiled functions give the same bits. Their docstrings are those of this file.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = ["ATARI_GRAYS", "RunningMeanStd", "discounted_sum", "gae", "max_pool_r
 
 
 def area_weights(length: int, unit: bool) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """How each of the 84 output pixels along one axis is made of `length` source pixels.
+    """The weights of `length` source pixels in the 84 output pixels along one axis.
 
-    Returns `start` (84,) and `weights` (taps, 84): output pixel i is the sum over k of
+    Returns `start` (84,) and `weights` (taps, 84). Output pixel i is the sum over k of
     `weights[k, i] * source[start[i] + k]`. A weight is the share of the output pixel's interval that the source pixel
-    covers (1 if `unit`), with OpenCV's roundings: a cover below 1e-3 is dropped. The number of taps is a multiple of
-    four, which the compiled kernel loads at once; taps to spare come last and weigh 0.
+    covers, or 1 if `unit`. As in OpenCV, less than 1e-3 of a source pixel does not count. The number of taps is a
+    multiple of four, because the compiled kernel takes four at a time; unused taps come last with weight 0.
     """
     scale = 1.0 / (SIZE / length)
     begin = np.arange(SIZE) * scale
@@ -57,16 +57,17 @@ def area_weights(length: int, unit: bool) -> tuple[NDArray[np.int32], NDArray[np
 
 
 def area_plan(height: int, width: int) -> tuple[Any, ...]:
-    """(start, weights) of the rows and of the columns, and the `factor` and `bias` that end the resize.
+    """`start` and `weights` of the rows, the same of the columns, `factor` and `bias`.
 
-    Where both scales are integers OpenCV adds the source pixels as integers and multiplies the sum by 1 / area. It
-    rounds halves to even, but up for 2x2. (The scales are reciprocals of reciprocals: not all multiples of 84 pass.)
+    The resize ends with `rint(weighted_sum * factor + bias)`. If both scales are integers, OpenCV adds the source
+    pixels with weight 1 and multiplies the sum by 1 / area. It rounds halves to even, except at a scale of 2x2, where
+    it rounds them up. (A scale is the reciprocal of a reciprocal, so not every multiple of 84 gives an integer.)
     """
     scales = [1.0 / (SIZE / length) for length in (height, width)]
     unit = all(abs(scale - round(scale)) < np.finfo(np.float64).eps for scale in scales)
     area = round(scales[0]) * round(scales[1])
     factor = np.float32(1) / np.float32(area) if unit else np.float32(1)
-    bias = np.float32(0.125 if unit and scales == [2.0, 2.0] else 0)  # lifts k + 1/2 alone across the threshold
+    bias = np.float32(0.125 if unit and scales == [2.0, 2.0] else 0)  # sums are multiples of 1/4: only k + 1/2 changes
     return *area_weights(height, unit), *area_weights(width, unit), factor, bias
 
 
@@ -80,8 +81,8 @@ def _area_sum(source: NDArray[Any], start: NDArray[np.int32], weights: NDArray[n
     return total
 
 
-# Gray of each color of an NTSC Atari 2600, uint8 (256,): `ATARI_GRAYS[ale.getScreen()]` is ALE's `getScreenGrayscale`.
-# The lowest bit of a color has no meaning. Read off ALE 0.12's own screens.
+# The gray of each color of an NTSC Atari 2600, uint8 (256,), read-only: `ATARI_GRAYS[ale.getScreen()]` equals
+# `ale.getScreenGrayscale()`. The lowest bit of a color has no meaning. Read from the screens of ALE 0.12.
 ATARI_GRAYS = np.frombuffer(
     bytes.fromhex(
         "004a6f8eaac0d6ec405f7a94acc1d6e93f576e8396a7b8c73b556b8194a7b7c7"
@@ -95,11 +96,11 @@ ATARI_GRAYS.flags.writeable = False
 
 
 def rgb_to_gray(rgb: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
-    """Write the luma of a frame in color into `out`.
+    """Write the luma of a color frame into `out`.
 
         out = round(0.299 * red + 0.587 * green + 0.114 * blue)
 
-    with weights in units of 2**-15, bit-equal to `cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)`.
+    with weights rounded to multiples of 2**-15, bit-equal to `cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)`.
 
     Args:
         rgb: uint8 (H, W, 3), C-contiguous, 1 <= H, W <= 4096.
@@ -133,15 +134,15 @@ def max_pool_resize(
     Args:
         frame_a, frame_b: uint8 (H, W), C-contiguous, 84 <= H, W <= 4096 (below 84 OpenCV would interpolate). They may
             be the same array.
-        out: uint8 (84, 84), C-contiguous, written in place. It may overlap none of the others.
-        palette: uint8 (256,) or None. If given, the frames hold palette indices (ALE's `getScreen`) and the result is
-            that of `palette[frame_a]` and `palette[frame_b]`.
+        out: uint8 (84, 84), C-contiguous, written in place. It may not overlap the others.
+        palette: uint8 (256,) or None. If given, the frames hold palette indices, and the result is that of
+            `palette[frame_a]` and `palette[frame_b]`. `ATARI_GRAYS` is the palette for ALE's `getScreen`.
 
     Raises:
         TypeError: an argument is not an array or has another dtype.
         ValueError: wrong shape, not contiguous, `out` read-only or overlapping.
 
-    Source: the preprocessing of Mnih et al. 2015 (Methods), which Burda et al. 2018 (Table 2) keep.
+    Source: Mnih et al. 2015 (Methods, preprocessing); Burda et al. 2018 (Table 2; by area: their code).
     """
     check_frames(frame_a, frame_b, out, palette)
     y_start, y_weights, x_start, x_weights, factor, bias = _cached_plan(*frame_a.shape)
@@ -167,13 +168,13 @@ def gae(
         delta[t] = rewards[t] + gamma * values[t + 1] * (1 - dones[t]) - values[t],    values[T] = last_value
         A[t]     = delta[t] + gamma * lam * (1 - dones[t]) * A[t + 1],                 A[T] = 0
 
-    computed in float64, rounded to float32 at the end. NaN and infinity propagate.
+    computed in float64 and rounded to float32 at the end. NaN and infinity propagate.
 
     Args:
         rewards, values: float32 (T, N): T steps of N environments.
-        dones: float32 or bool (T, N), 1 where the episode ended at step t (`values[t + 1]` belongs to the next one), or
-            None: one endless episode, as for the intrinsic reward (Burda et al. 2018, section 2.3).
-        last_value: float32 (N,), the value of the observation after the last step.
+        dones: float32 or bool (T, N), 1 where step t ended the episode, so that `values[t + 1]` belongs to the next
+            episode. None means one endless episode, as for the intrinsic reward (Burda et al. 2018, section 2.3).
+        last_value: float32 (N,), the values of the observations after the last step.
         gamma, lam: numbers in [0, 1].
 
     Returns:
@@ -201,16 +202,17 @@ def gae(
 def discounted_sum(
     rewards: NDArray[np.float32], carry: NDArray[np.float64], gamma: float, reverse: bool
 ) -> NDArray[np.float64]:
-    """The discounted running sum of the rewards, along time and per environment.
+    """Discounted running sums of the rewards, along time and per environment.
 
         forward:  f[t] = gamma * f[t - 1] + rewards[t],  t = 0 ... T - 1,  f[-1] = carry
         reverse:  f[t] = gamma * f[t + 1] + rewards[t],  t = T - 1 ... 0,  f[T] = carry
 
-    The intrinsic reward is divided by the standard deviation of these sums. NaN and infinity propagate.
+    RND divides the intrinsic rewards by the standard deviation of these sums. NaN and infinity propagate.
 
     Args:
         rewards: float32 (T, N): T steps of N environments.
-        carry: float64 (N,), C-contiguous, updated in place to the last sum along the direction (unchanged if T is 0).
+        carry: float64 (N,), C-contiguous, updated in place to the last sum in the direction of the run (unchanged if
+            T is 0).
         gamma: a number in [0, 1].
         reverse: False to run forward in time, True to run backward.
 
@@ -236,21 +238,21 @@ def discounted_sum(
 
 
 class RunningMeanStd:
-    """Mean and variance of everything seen so far, per element of `shape`, in float64.
+    """Mean and variance of all samples so far, per element of `shape`, in float64.
 
-    Starts at mean 0, variance 1 with the weight of `count` samples. A batch with mean m, population variance v and n
-    samples is merged as (Chan et al. 1979)
+    They start as mean 0 and variance 1 with the weight of `count` samples. A batch of n samples with mean m and
+    population variance v is merged as (Chan et al. 1979)
 
         delta = m - mean,    total = count + n
         mean <- mean + delta * n / total
         var  <- (var * count + v * n + delta**2 * count * n / total) / total
 
-    so that the result does not depend on how the samples were cut into batches, up to rounding. float32 would not do:
-    the variance of a pixel that never changes falls to 1e-10.
+    so the result does not depend on how the samples are cut into batches, up to rounding. float32 is not precise
+    enough: the variance of a pixel that never changes falls to 1e-10.
 
     Attributes:
         mean, var: float64 arrays of `shape`.
-        count: float, the samples seen, the initial ones included.
+        count: float, the number of samples, including the initial ones.
 
     Source: Burda et al. 2018, section 2.4 (observations and intrinsic returns).
 
@@ -261,8 +263,16 @@ class RunningMeanStd:
     """
 
     def __init__(self, shape: tuple[int, ...] = (), count: float = 1e-4) -> None:
-        """`shape` of one sample, all sides positive; `count`, positive and finite, weighs the initial mean 0 and
-        variance 1."""
+        """Start with mean 0 and variance 1.
+
+        Args:
+            shape: of one sample, a tuple of positive integers.
+            count: the weight of the initial mean and variance in samples, positive and finite.
+
+        Raises:
+            TypeError: `shape` is not a tuple of integers, or `count` not a number.
+            ValueError: out of range.
+        """
         shape = check_shape(shape)
         self.mean: NDArray[np.float64]
         self.var: NDArray[np.float64]
@@ -275,10 +285,10 @@ class RunningMeanStd:
         return np.sqrt(self.var)
 
     def update(self, batch: NDArray[Any]) -> None:
-        """Merge a batch of samples: its trailing axes are `shape`, all axes before them count samples.
+        """Merge a batch of samples. Its last axes are `shape`; the axes before them count samples.
 
-        uint8 is counted exactly, by integer sums and without a float copy. NaN and infinity in a float batch propagate
-        into mean and var: the training loop looks there.
+        uint8 is summed exactly, in integers and without a float copy. NaN and infinity in a float batch propagate into
+        mean and var, where the training loop finds them.
 
         Args:
             batch: uint8, float32 or float64 (..., *shape), C-contiguous, at least one sample.
@@ -292,7 +302,7 @@ class RunningMeanStd:
         if count == 0:
             raise ValueError(f"batch: expected at least one sample, got shape {batch.shape}")
         if samples.dtype == UINT8:
-            # About the integer next to the mean every sum is exact, and the variance cannot cancel away.
+            # Sums about the integer nearest to the mean are exact and small, so no digits of the variance cancel.
             total, squares = (sums.astype(np.int64) for sums in self._sums(samples))
             centre = (total + count // 2) // count
             rest = total - centre * count
@@ -305,10 +315,10 @@ class RunningMeanStd:
         self._merge(mean.reshape(self.mean.shape), var.reshape(self.var.shape), count)
 
     def merge(self, mean: Any, var: Any, count: float) -> None:
-        """Merge the statistics of other samples, for instance another process's.
+        """Merge the statistics of other samples, for instance of another process.
 
         Args:
-            mean, var: real arrays of `shape`, finite; var, the population variance, not negative.
+            mean, var: real arrays of `shape`, finite. `var` is the population variance, not negative.
             count: the number of samples, positive and finite.
 
         Raises:
@@ -320,12 +330,12 @@ class RunningMeanStd:
     def normalize(
         self, x: NDArray[Any], clip: float = np.inf, out: NDArray[np.float32] | None = None
     ) -> NDArray[np.float32]:
-        """`clip((x - mean) / sqrt(var), -clip, clip)`, computed in float64, rounded to float32. No epsilon is added.
+        """Return `clip((x - mean) / sqrt(var), -clip, clip)`, computed in float64, rounded to float32, without epsilon.
 
         Args:
             x: uint8, float32 or float64 (..., *shape), C-contiguous.
-            clip: a positive number; infinity (the default) does not clip.
-            out: float32 of x's shape, C-contiguous, not overlapping x; or None for a new array.
+            clip: a positive number. Infinity, the default, does not clip.
+            out: float32 of x's shape, C-contiguous, not overlapping x, or None for a new array.
 
         Returns:
             `out`, or the new array.
@@ -340,7 +350,7 @@ class RunningMeanStd:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """In plain types, for any file format: {"mean": nested lists, "var": nested lists, "count": float}."""
+        """Return {"mean": nested lists, "var": nested lists, "count": float}: plain types, for any file format."""
         return {
             "mean": np.asarray(self.mean).tolist(),
             "var": np.asarray(self.var).tolist(),
@@ -348,10 +358,10 @@ class RunningMeanStd:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the statistics that `state_dict` returned. Anything else raises and leaves the object as it was.
+        """Load what `state_dict` returned. Anything else raises and changes nothing.
 
         Raises:
-            TypeError: not a mapping, or not numbers in it.
+            TypeError: not a mapping, or its values are not numbers.
             ValueError: missing or unknown keys, wrong shape or value.
         """
         if not isinstance(state, Mapping):
@@ -368,7 +378,7 @@ class RunningMeanStd:
             self.var = (self.var * self.count + var * count + delta**2 * (self.count * count / total)) / total
         self.count = total
 
-    # The two loops that the compiled back end replaces. Samples are (S, F): the leading axes flattened, and `shape`.
+    # The compiled back end replaces these two. Samples are (S, F): S samples of F features, which is `shape` flattened.
 
     @staticmethod
     def _sums(samples: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
