@@ -246,14 +246,12 @@ def test_how_it_works_follows_the_sections_of_the_script():
 
 
 def test_the_readme_knows_the_size_of_the_differences():
-    said = dict(
-        re.findall(r"\[(\d+) lines\]\(docs/diffs/atari__(\w+)\.diff\)", (ROOT / "README.md").read_text("utf-8"))
-    )
-    base = SCRIPT.read_text("utf-8")
-    for lines, variant in said.items():
+    text, base = (path.read_text("utf-8") for path in (ROOT / "README.md", SCRIPT))
+    said = re.findall(r"\[(\d+) lines\]\(docs/diffs/atari__(\w+)\.diff\)", text)
+    assert len(said) == len(SCRIPTS) - 1
+    for lines, variant in said:
         [script] = [path for path in SCRIPTS if path.stem.endswith(variant)]
         assert budgets.diff_size(base, script.read_text("utf-8"))[0] == int(lines)
-    assert len(said) == len(SCRIPTS) - 1
 
 
 # === Flags ============================================================================================================
@@ -294,6 +292,12 @@ def test_every_command_is_run_or_covered():
     assert RUN and [f"{where}: {' '.join(words)}" for where, words in COMMANDS if kind(words) is None] == []
 
 
+def test_a_commands_script_is_found_in_the_name_of_a_run():
+    assert script_of(["python", "tools/plot.py", "runs/Pong-v5__rnd_ppo_atari_lstm__*"]) == "rnd_ppo_atari_lstm"
+    assert script_of(["python", "rnd_ppo_mario.py"]) == "rnd_ppo_mario"
+    assert script_of(["python", "benchmarks/kernels.py"]) == "rnd_ppo_atari"
+
+
 def place(folder):
     """A copy of what the commands need: they may write where they like."""
     for path in (*SCRIPTS, *(ROOT / name for name in ("fastops", "tools", "benchmarks", "docs"))):
@@ -327,10 +331,8 @@ def runs(tmp_path_factory, request):
             return last_checkpoint(request.getfixturevalue("base_run")[1]).parent
         if script not in found:
             cwd = place(tmp_path_factory.mktemp(script))
-            documented = [
-                words for _, words in RUN if words[:2] == ["python", f"{script}.py"] and kind(words) == "train"
-            ]
-            env, command = shortened(documented[0], run)
+            trains = [words for _, words in RUN if words[:2] == ["python", f"{script}.py"] and kind(words) == "train"]
+            env, command = shortened(trains[0], run)
             execute([*command, "--total-rollouts", "3"], cwd, env.items())
             found[script] = last_checkpoint(cwd / "runs").parent
         return found[script]
