@@ -1433,12 +1433,14 @@ def play(args: Args) -> dict:
 
 
 def summarize(episodes: list[dict]) -> dict[str, float]:
-    """Mean, spread and best of the returns; means of length and rooms."""
-    columns = ("episodic_return", "episodic_length", "rooms")
-    returns, lengths, rooms = (np.array([episode[name] for episode in episodes]) for name in columns)
+    """Mean, spread and best of the returns; means of the other statistics."""
+    returns = np.array([episode["episodic_return"] for episode in episodes])
     error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else 0.0
     row = dict(mean=returns.mean(), standard_error=error, std=returns.std(), median=np.median(returns))
-    row |= dict(best=returns.max(), length=lengths.mean(), rooms=rooms.mean())
+    row["best"] = returns.max()
+    for name in episodes[0]:
+        if name not in ("episodic_return", "sticky_action_prob", "visits"):
+            row[name.removeprefix("episodic_")] = np.mean([episode[name] for episode in episodes])
     return {name: float(value) for name, value in row.items()}
 
 

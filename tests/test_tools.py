@@ -44,7 +44,7 @@ def play(loaded, index=0, stride=1, replay=(), **changes):
     """The steps of an episode, which is short unless told otherwise."""
     script, state = loaded
     args = watch.checked_args(script, state, **dict(seed=1, max_episode_steps=STEPS) | changes)
-    return list(watch.play(script, state, args, index, stride, replay))
+    return list(watch.play(script, watch.load_networks(script, state), args, index, stride, replay))
 
 
 def watched(run, out, *argv):
@@ -377,11 +377,12 @@ def look():
 _, script, state = watch.load(sys.argv[2])
 state["agent"]["policy_head.bias"][0] += 1e6  # always the no-op: nobody dies
 args = watch.checked_args(script, state, sticky_action_prob=0.0, max_episode_steps=int(sys.argv[4]))
+networks = watch.load_networks(script, state)
 threading.Thread(target=look, daemon=True).start()
-for _ in watch.play(script, state, args, stride=0):
+for _ in watch.play(script, networks, args, stride=0):
     pass
 played = peak
-last = watch.record(Path(sys.argv[3]), watch.play(script, state, args), 60, int(sys.argv[5]), "MontezumaRevenge-v5")
+last = watch.record(Path(sys.argv[3]), watch.play(script, networks, args), 60, int(sys.argv[5]), "MontezumaRevenge-v5")
 print(last.frames, played, peak)
 """
 

@@ -171,12 +171,12 @@ class Step(NamedTuple):
     scaled_bonus: float | None  # what the agent learns from
 
 
-def play(script: ModuleType, state: dict, args: Any, index: int = 0, stride: int = 1, replay: tuple | list = ()):
+def play(script: ModuleType, networks: tuple, args: Any, index: int = 0, stride: int = 1, replay: tuple | list = ()):
     """Play episode `index`, the same one each time, or the actions of `replay`.
 
     Yields Steps, with an image of every `stride`-th frame (0: none).
     """
-    agent, rnd = load_networks(script, state)
+    agent, rnd = networks
     torch.manual_seed(args.seed * 1_000_003 + index)
     options = dict(sticky_action_prob=args.sticky_action_prob, max_episode_steps=args.max_episode_steps)
     env = script.Env(args.env_id, index, seed=args.seed, **options)
@@ -334,7 +334,8 @@ class Strip:
         if step.bonus is not None:
             self.draw_bonuses(image, pen)
         pen.line((self.left, self.bottom, self.right, self.bottom), LINE)
-        pen.text((self.right, self.bottom + 2), clock(len(self.bonuses) * 4), GRAY, self.text, "ra")
+        span = clock(len(self.bonuses) * math.ceil(step.frames / self.steps))
+        pen.text((self.right, self.bottom + 2), span, GRAY, self.text, "ra")
         return np.array(image)
 
     def remember(self, step: Step) -> None:
@@ -567,7 +568,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--greedy", action="store_true", help="play the most probable action instead of sampling")
     add("--seed", type=int, default=1, help="seed of actions and environment: other episodes (default: 1)")
     add("--sticky", type=float, help="probability, in every frame, to repeat the last action (default: as in training)")
-    add("--max-steps", type=int, help="steps of 4 frames after which an episode ends (default: as in training)")
+    add("--max-steps", type=int, help="steps after which an episode ends (default: as in training)")
     add("--rom", help="file of the cartridge (Super Mario Bros.)")
     add("--rom-unchecked", action="store_true", default=None, help="accept a cartridge that is not the expected one")
     cli = parser.parse_args(argv)
@@ -603,30 +604,31 @@ def record_videos(cli: argparse.Namespace, script: ModuleType, state: dict) -> N
     """Record what the command line asks for."""
     changes = dict(seed=cli.seed, greedy=cli.greedy, sticky_action_prob=cli.sticky, max_episode_steps=cli.max_steps)
     args = checked_args(script, state, rom=cli.rom, rom_unchecked=cli.rom_unchecked, **changes)
+    networks = load_networks(script, state)
     game, path = Path(args.env_id).name, Path(cli.video)
     stride = math.ceil(FPS * cli.speed / (20 if path.suffix.lower() == ".gif" else FPS) - 1e-9)
     fps = FPS * cli.speed / stride
     if cli.replay:
         replay = read_replay(Path(cli.replay), game)
         args = dataclasses.replace(args, max_episode_steps=10**9)  # it ends where it ended
-        last = record(path, play(script, state, args, 0, stride, replay["actions"]), fps, cli.scale, game)
+        last = record(path, play(script, networks, args, 0, stride, replay["actions"]), fps, cli.scale, game)
         report(path, "replay", last)
         if last.score != replay["episodic_return"]:
             print(f"warning: the replay reached {last.score:g}, training {replay['episodic_return']:g}: in some games")
             print("  (Seaquest is one) the beginning differs from episode to episode")
         return
-    episodes = [best_episode(script, state, args, cli.episodes)] if cli.best else range(cli.episodes)
+    episodes = [best_episode(script, networks, args, cli.episodes)] if cli.best else range(cli.episodes)
     for i in episodes:
         out = path.with_stem(f"{path.stem}-{i + 1}") if len(episodes) > 1 else path
-        last = record(out, play(script, state, args, i, stride), fps, cli.scale, game)
+        last = record(out, play(script, networks, args, i, stride), fps, cli.scale, game)
         report(out, f"episode {i + 1}", last)
 
 
-def best_episode(script: ModuleType, state: dict, args: Any, episodes: int) -> int:
+def best_episode(script: ModuleType, networks: tuple, args: Any, episodes: int) -> int:
     """The number of the episode with the highest return."""
     returns = []
     for i in tqdm(range(episodes), "episodes", leave=False, disable=None):
-        *_, last = play(script, state, args, i, stride=0)
+        *_, last = play(script, networks, args, i, stride=0)
         returns.append(last.score)
     print("returns:", *(f"{value:.10g}" for value in returns))
     return int(np.argmax(returns))
