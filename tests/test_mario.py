@@ -18,7 +18,7 @@ if not all(map(find_spec, ("stable_retro", "gym_super_mario_bros"))):
     pytest.skip("needs stable-retro and gym-super-mario-bros", allow_module_level=True)
 
 import rnd_ppo_mario as script
-from rnd_ppo_mario import ACTIONS, Args, Env, VectorEnv
+from rnd_ppo_mario import Args, Env, Game, VectorEnv
 
 # Frame by frame what gym-super-mario-bros 7.4.0 (nes-py 8.2.1) says of lists of actions: tests/data/mario.py made it.
 RECORDED = json.loads(gzip.decompress((ROOT / "tests" / "data" / "mario.json.gz").read_bytes()))
@@ -29,19 +29,20 @@ def blank():
     return np.zeros((84, 84), np.uint8)
 
 
-def console(game=GAME):
-    nes, *_ = script.make_game(game, 0)
-    nes.reset_game()
-    return nes
+def begin(env_id=GAME):
+    """A game at the beginning of an episode."""
+    game = Game(env_id, 0)
+    game.reset(np.zeros(game.shape, np.uint8))
+    return game
 
 
-def play(nes, actions):
+def play(game, actions):
     """(x, clock) before and after every frame, until the game is over; was there a reward?"""
-    seen, reward = [(nes.x, nes.clock_left)], 0.0
+    seen, reward = [(game.x, game.clock_left)], 0.0
     for action in actions:
-        reward += nes.act(nes.getMinimalActionSet()[action])
-        seen.append((nes.x, nes.clock_left))
-        if nes.game_over():
+        reward += game.act(action)
+        seen.append((game.x, game.clock_left))
+        if game.over():
             break
     return np.array(seen), reward
 
@@ -53,7 +54,7 @@ def play(nes, actions):
 def test_same_game_as_gym_super_mario_bros(episode):
     """Mario is where he is there one frame earlier, the clock as there; death and flag come one frame earlier, too."""
     there = RECORDED[episode]
-    here, reward = play(console(), there["actions"])
+    here, reward = play(begin(), there["actions"])
     assert len(here) == len(there["x"]) - 1
     assert here[:, 0].tolist() == there["x"][1:]
     assert here[:-1, 1].tolist() == there["clock"][: len(here) - 1]
@@ -82,35 +83,33 @@ def test_same_game_as_gym_super_mario_bros_live():
         there.append(int(info["x_pos"]))
         if done:
             break
-    here, _ = play(console(), actions)
+    here, _ = play(begin(), actions)
     assert here[:, 0].tolist() == there[1:]
 
 
 @pytest.mark.parametrize("stage", [f"{world}-{stage}" for world in range(1, 9) for stage in range(1, 5)])
 def test_every_stage_begins(stage):
     """The right stage, Mario at its beginning, alive, the clock full, and he can go to the right."""
-    nes = console(Args(stage=stage).env_id)
-    assert f"{nes.ram[0x75F] + 1}-{nes.ram[0x75C] + 1}" == stage
-    assert (nes.x, nes.clock_left in (300, 400), nes.game_over()) == (40, True, False)
+    game = begin(Args(stage=stage).env_id)
+    assert f"{game.ram[0x75F] + 1}-{game.ram[0x75C] + 1}" == stage
+    assert (game.x, game.clock_left in (300, 400), game.over()) == (40, True, False)
     for _ in range(60):
-        nes.act("R")
-    assert nes.x > 60 and not nes.game_over()
+        game.press("R")
+    assert game.x > 60 and not game.over()
 
 
 def test_clock_ends_an_episode_of_noops():
     """After 401 units of 20 frames, and without the reward."""
     env, frame = Env(GAME, sticky_action_prob=0.0), blank()
-    t, info = 0, None
-    while info is None:
-        reward, _, info = env.step(0, frame)
+    t, summary = 0, None
+    while summary is None:
+        reward, _, summary = env.step(0, frame)
         t += 1
         assert reward == 0 and t < 2030
-    assert t > 1980
-    assert info["stats"] == dict(
-        episodic_return=0.0, episodic_length=t, rooms=1, furthest_x=40, clock_left=info["stats"]["clock_left"]
-    )
-    assert info["places"] == {2: t}
-    assert info["stats"]["clock_left"] <= 1
+    assert t > 1980 and summary["visits"] == {2: t}
+    clock_left = summary["stats"].pop("clock_left")
+    assert clock_left <= 1
+    assert summary["stats"] == dict(episodic_return=0.0, episodic_length=t, rooms=1, furthest_x=40)
 
 
 def test_flag_is_the_only_reward_and_the_end():
@@ -118,17 +117,17 @@ def test_flag_is_the_only_reward_and_the_end():
     there = next(there for there in RECORDED if there["flag"])
     env, frame = Env(GAME, sticky_action_prob=0.0), blank()
     actions, real = iter(there["actions"]), env.game.act
-    env.game.act = lambda _: real(ACTIONS[next(actions)])  # frame by frame, whatever the step's action is
-    rewards, info = [], None
-    while info is None:
-        reward, _, info = env.step(0, frame)
+    env.game.act = lambda _: real(next(actions))  # frame by frame, whatever the step's action is
+    rewards, summary = [], None
+    while summary is None:
+        reward, _, summary = env.step(0, frame)
         rewards.append(reward)
     assert rewards == [0.0] * (len(rewards) - 1) + [1.0]
-    stats = info["stats"]
+    stats = summary["stats"]
     assert stats["episodic_return"] == 1 and stats["episodic_length"] == len(rewards)
     assert 3100 < stats["furthest_x"] < 3400 and stats["furthest_x"] == max(there["x"])
-    assert stats["rooms"] == len(info["places"]) > 150
-    assert stats["clock_left"] == there["clock"][-1] or abs(stats["clock_left"] - there["clock"][-1]) <= 1
+    assert stats["rooms"] == len(summary["visits"]) > 150
+    assert abs(stats["clock_left"] - there["clock"][-1]) <= 1
 
 
 def test_action_sets_are_those_of_gym_super_mario_bros():
@@ -139,21 +138,21 @@ def test_action_sets_are_those_of_gym_super_mario_bros():
     sets = dict(right="RIGHT_ONLY", simple="SIMPLE_MOVEMENT", complex="COMPLEX_MOVEMENT")
     for name, theirs_name in sets.items():
         expected = ["".join(names[button] for button in buttons) for buttons in theirs[theirs_name]]
-        assert console(Args(action_set=name).env_id).getMinimalActionSet() == expected
+        assert list(Game(Args(action_set=name).env_id, 0).actions) == expected
 
 
 def test_buttons_do_what_they_say():
     """From one state: B makes faster, A jumps, left goes back after going right."""
-    nes = console()
+    game = begin()
     for _ in range(40):
-        nes.act("R")
-    state, x = nes.cloneState(), nes.x
+        game.press("R")
+    state, x = game.get_state(), game.x
 
     def after(buttons, frames=30):
-        nes.restoreState(state)
+        game.set_state(state)
         for _ in range(frames):
-            nes.act(buttons)
-        return nes.x, int(nes.ram[0xCE])  # his height on the screen
+            game.press(buttons)
+        return game.x, int(game.ram[0xCE])  # his height on the screen
 
     ground = after("")[1]
     assert after("RB")[0] > after("R")[0] > after("")[0] > after("L")[0]
@@ -167,20 +166,32 @@ def test_buttons_do_what_they_say():
 def test_observation_is_the_gray_maximum_of_frames_3_and_4():
     env, frame = Env(GAME, sticky_action_prob=0.0), blank()
     env.reset(frame)
-    alone = console()
-    gray = lambda: cv2.cvtColor(alone.getScreenRGB(), cv2.COLOR_RGB2GRAY)  # noqa: E731
-    expected = cv2.resize(gray(), (84, 84), interpolation=cv2.INTER_AREA)
-    np.testing.assert_array_equal(frame, expected)
+    alone = begin()
+
+    def gray():
+        return cv2.cvtColor(alone.emulator.get_screen(), cv2.COLOR_RGB2GRAY)
+
+    assert alone.emulator.get_screen().shape == (224, 240, 3)
     for action in np.random.default_rng(0).integers(1, 5, size=20):
         env.step(int(action), frame)
-        state, pictures = env.game.cloneState(), []
+        state, pictures = env.game.get_state(), []
         for _ in range(4):  # the emulator is shared: env's own state is put back by itself
-            alone.act(ACTIONS[action])
+            alone.act(action)
             pictures.append(gray())
         expected = cv2.resize(np.maximum(*pictures[2:]), (84, 84), interpolation=cv2.INTER_AREA)
         np.testing.assert_array_equal(frame, expected)
-        assert env.game.cloneState() == state
-    assert alone.getScreenRGB().shape == (224, 240, 3)
+        assert env.game.get_state() == state
+
+
+def test_an_episode_begins_with_the_screen_of_its_state():
+    """Nintendo's console has no picture in its state: the first one is kept, and is what the emulator showed then."""
+    env, frame = Env(GAME), blank()
+    expected = cv2.cvtColor(env.game.emulator.get_screen(), cv2.COLOR_RGB2GRAY)  # env has just found the beginning
+    np.testing.assert_array_equal(env.game.start[1], expected)
+    for _ in range(30):
+        env.step(1, frame)
+    env.reset(frame)
+    np.testing.assert_array_equal(frame, cv2.resize(expected, (84, 84), interpolation=cv2.INTER_AREA))
 
 
 # --- Environments that share an emulator ---
@@ -266,7 +277,7 @@ def test_missing_packages_are_named(monkeypatch):
     args = Args()
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(script.UsageError, match=r"stable-retro.*\.\[mario\]"):
-        script.check_game(args)
+        Game.check(args)
 
 
 def test_another_cartridge_only_if_told_so(tmp_path):
@@ -274,27 +285,63 @@ def test_another_cartridge_only_if_told_so(tmp_path):
     rom.write_bytes(Path(GAME).parent.read_bytes() + b"\0")
     args = Args(rom=str(rom))
     assert args.env_id == f"{rom}/SuperMarioBros-1-1-simple"
-    with pytest.raises(script.UsageError, match="--rom-unchecked goes on"):
-        script.check_game(args)
-    script.check_game(Args(rom=str(rom), rom_unchecked=True))
+    with pytest.raises(script.UsageError, match="--rom-unchecked accepts"):
+        Game.check(args)
+    Game.check(Args(rom=str(rom), rom_unchecked=True))
+
+
+def watch(arguments, cwd):
+    command = [sys.executable, str(ROOT / "tools" / "watch.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory):
+    """A run whose cartridge is gone: it was played from a file that is no longer there."""
+    cwd = tmp_path_factory.mktemp("mario")
+    rom = cwd / "lent.nes"
+    rom.write_bytes(Path(GAME).parent.read_bytes())
+    small = "--num-envs 4 --num-steps 24 --obs-norm-rollouts 1 --max-episode-steps 30 --num-minibatches 2 --device cpu"
+    done = run_script(f"{small} --total-rollouts 4 --rom {rom}", cwd)
+    assert done.returncode == 0, done.stderr
+    rom.unlink()
+    [directory] = cwd.glob("runs/*")
+    return directory
 
 
 @pytest.mark.slow
-def test_the_best_episode_of_a_run_can_be_watched_and_its_checkpoint_played(tmp_path):
-    small = "--num-envs 4 --num-steps 24 --obs-norm-rollouts 1 --max-episode-steps 30 --num-minibatches 2 --device cpu"
-    done = run_script(f"{small} --total-rollouts 4", tmp_path)
-    assert done.returncode == 0, done.stderr
-    [run] = tmp_path.glob("runs/*")
-    recent = script.load_checkpoint(run / "checkpoint_000004.pt")["progress"]["recent"]
+def test_a_run_is_played_and_watched_with_a_cartridge_at_another_path(run_directory, tmp_path):
+    assert run_directory.name.startswith("SuperMarioBros-1-1-simple__rnd_ppo_mario__1__")
+    recent = script.load_checkpoint(run_directory)[1]["progress"]["recent"]
     assert set(recent[0]) > {"furthest_x", "clock_left"}
-    assert run.name.startswith("SuperMarioBros-1-1-simple__rnd_ppo_mario__1__")
-    best = json.loads((run / "best_shortest.json").read_text())
-    command = [sys.executable, str(ROOT / "tools" / "watch.py"), str(run), "--video", "out.mp4", "--scale", "2"]
-    command += ["--speed", "4", "--replay", str(run / "best_shortest.json")]
-    watched = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    best = json.loads((run_directory / "best_episode.json").read_text())
+    options = ["--video", "out.mp4", "--scale", 2, "--speed", 4]
+    watched = watch([run_directory, *options, "--replay", run_directory], tmp_path)
     assert watched.returncode == 0, watched.stderr
-    assert f"{len(best['actions'])} frames" in watched.stdout and "warning" not in watched.stdout
+    assert f"replay, return 0, {len(best['actions'])} frames" in watched.stdout and "warning" not in watched.stdout
     assert (tmp_path / "out.mp4").stat().st_size > 10_000
-    played = run_script(f"--play {run / 'checkpoint_000004.pt'} --episodes 2 --json report.json", tmp_path)
+
+    played = run_script(f"--play {run_directory} --episodes 2 --json report.json", tmp_path)
     assert played.returncode == 0, played.stderr
-    assert len(json.loads((tmp_path / "report.json").read_text())["episodes"]) == 4
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["episodes"]) == 4
+    furthest = np.mean([episode["furthest_x"] for episode in report["episodes"][:2]])
+    assert report["summary"][0]["furthest_x"] == furthest > 40
+    assert f"furthest_x {furthest:.4g}" in played.stdout
+
+
+@pytest.mark.slow
+def test_the_published_weights_are_watched_without_their_bonus(tmp_path):
+    weights, rom = ROOT / "models" / "mario_1-1.pt", tmp_path / "mine.nes"
+    options = ["--video", "out.gif", "--scale", 2, "--speed", 4, "--max-steps", 20]
+    rom.write_bytes(Path(GAME).parent.read_bytes())
+    watched = watch([weights, *options, "--rom", rom], tmp_path)
+    assert watched.returncode == 0, watched.stderr
+    assert "out.gif: episode 1, return 0, 80 frames" in watched.stdout
+
+    rom.write_bytes(rom.read_bytes() + b"\0")
+    refused = watch([weights, *options, "--rom", rom], tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--rom-unchecked accepts" in refused.stderr
+    assert watch([weights, *options, "--rom", rom, "--rom-unchecked"], tmp_path).returncode == 0
+    missing = watch([weights, *options, "--rom", "no.nes"], tmp_path)
+    assert missing.returncode == 2 and missing.stderr.startswith("error: --rom: expected a file, got no.nes")

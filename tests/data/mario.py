@@ -1,7 +1,7 @@
 """Records what gym-super-mario-bros says of lists of actions, for tests/test_mario.py.
 
 In an environment of its own (Python up to 3.12): pip install "numpy<2" gym==0.26.2 gym-super-mario-bros==7.4.0
-python tests/data/mario.py runs/SuperMarioBros-1-1-simple__.../best_first.json        (an episode that reaches the flag)
+python tests/data/mario.py runs/SuperMarioBros-1-1-simple__.../best_episode.json      (an episode that reaches the flag)
 """
 
 import gzip
