@@ -1126,8 +1126,8 @@ class Run:
 
     def open_writer(self) -> tensorboard.SummaryWriter:
         """Continue the curves: TensorBoard drops what an earlier process wrote after the checkpoint."""
-        step = self.state["progress"]["step"] if self.state else 0
-        writer = tensorboard.SummaryWriter(str(self.dir), purge_step=step + 1)
+        rollout = self.args.num_envs * PROCESSES * self.args.num_steps
+        writer = tensorboard.SummaryWriter(str(self.dir), purge_step=self.progress.step - rollout + 1)
         if not self.in_place:
             args = reported_args(self.args)
             writer.add_custom_scalars({"RND": {title: ["Multiline", tags] for title, tags in PLOTS.items()}})

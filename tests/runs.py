@@ -191,10 +191,11 @@ class Run:
     def until_rollout(self, number):
         return self.until_said(f"rollout {number}, step")
 
-    def until_saving(self):
-        """Wait until the temporary file of a save exists; its path."""
-        self.until(lambda: list(self.cwd.glob("runs/*/*.pt.tmp")))
-        [path] = self.cwd.glob("runs/*/*.pt.tmp")
+    def until_saving(self, rollout=None):
+        """Wait until the temporary file of a save, or of the save after this rollout, exists; its path."""
+        number = "*" if rollout is None else f"{rollout:06d}"
+        self.until(lambda: list(self.cwd.glob(f"runs/*/checkpoint_{number}.pt.tmp")))
+        [path] = self.cwd.glob(f"runs/*/checkpoint_{number}.pt.tmp")
         return path
 
     @contextlib.contextmanager
