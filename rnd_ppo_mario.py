@@ -1588,7 +1588,7 @@ def parse_args() -> Args:
     """The command line; what it leaves out is as in the checkpoint of --play or --resume PATH."""
     if {"-h", "--help"} & set(sys.argv):
         print_help()
-        sys.exit()
+        sys.exit(0)
     flags = {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in sys.argv if word.startswith("--")}
     for here, elsewhere in FLAGS_ELSEWHERE.items():
         if found := flags & elsewhere:
