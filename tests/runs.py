@@ -44,8 +44,9 @@ QUICK = f"{GAME} {LEARN} {OFTEN} --total-rollouts {LENGTH} --run-dir runs --resu
 
 # What a checkpoint has to hold.
 PARTS = {"agent", "rnd", "optimizer", "ranks", "progress", "args", "run"}
-# The noise generator of the NES is heard, not seen; it depends on which environments share a console.
-NES_NOISE = rb"NREG\x02\0\0\0.."
+# What differs in the state of a NES although nothing is seen of it: the noise generator, which is only heard, and memory
+# of a cartridge that this one does not have and that the emulator does not clear.
+UNSEEN = rb"NREG\x02\0\0\0..|WRAM\0\x20\0\0.{8192}"
 TIMING = ("time/", "charts/SPS")  # the only tags that may differ between two runs
 
 GONE = 2.0  # seconds after which the workers of a killed process are gone
@@ -304,7 +305,7 @@ def comparable(script, path, ignore=()):
     for name in ignore:
         del state["progress"][name]
     for env in [env for rank in state["ranks"] for env in rank["envs"]]:
-        env["game"] = re.sub(NES_NOISE, b"", env["game"], flags=re.DOTALL)
+        env["game"] = re.sub(UNSEEN, b"", env["game"], flags=re.DOTALL)
     return state
 
 
