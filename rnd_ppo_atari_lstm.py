@@ -306,7 +306,7 @@ class Env:
         self.episode_return += reward
         self.room = self.game.room()
         if self.room is not None:
-            self.visits[self.room] = self.visits.get(self.room, 0) + 1
+            self.visits[int(self.room)] = self.visits.get(int(self.room), 0) + 1
         done = over or self.steps >= self.max_episode_steps
         return reward, done, self.summary() if done else None
 
