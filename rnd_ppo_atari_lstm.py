@@ -306,7 +306,7 @@ class Env:
         self.episode_return += reward
         self.room = self.game.room()
         if self.room is not None:
-            self.visits[self.room] = self.visits.get(self.room, 0) + 1
+            self.visits[int(self.room)] = self.visits.get(int(self.room), 0) + 1
         done = over or self.steps >= self.max_episode_steps
         return reward, done, self.summary() if done else None
 
@@ -1126,8 +1126,8 @@ class Run:
 
     def open_writer(self) -> tensorboard.SummaryWriter:
         """Continue the curves: TensorBoard drops what an earlier process wrote after the checkpoint."""
-        step = self.state["progress"]["step"] if self.state else 0
-        writer = tensorboard.SummaryWriter(str(self.dir), purge_step=step + 1)
+        rollout = self.args.num_envs * PROCESSES * self.args.num_steps
+        writer = tensorboard.SummaryWriter(str(self.dir), purge_step=self.progress.step - rollout + 1)
         if not self.in_place:
             args = reported_args(self.args)
             writer.add_custom_scalars({"RND": {title: ["Multiline", tags] for title, tags in PLOTS.items()}})
@@ -1559,7 +1559,7 @@ def parse_args() -> Args:
     """The command line; what it leaves out is as in the checkpoint of --play or --resume PATH."""
     if {"-h", "--help"} & set(sys.argv):
         print_help()
-        sys.exit()
+        sys.exit(0)
     flags = {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in sys.argv if word.startswith("--")}
     for here, elsewhere in FLAGS_ELSEWHERE.items():
         if found := flags & elsewhere:

@@ -59,8 +59,9 @@ def fails(monkeypatch, capsys, tmp_path):
         raise AssertionError("created before the arguments were checked")
 
     monkeypatch.chdir(tmp_path)
-    for name in ("VectorEnv", "Agent", "SummaryWriter"):
+    for name in ("VectorEnv", "Agent"):
         monkeypatch.setattr(script, name, never)
+    handlers = {number: signal.getsignal(number) for number in script.SIGNALS}
 
     def run(arguments):
         before = set(tmp_path.rglob("*"))
@@ -72,7 +73,9 @@ def fails(monkeypatch, capsys, tmp_path):
         assert set(tmp_path.rglob("*")) == before
         return err.strip()
 
-    return run
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -39,13 +39,14 @@ GAME = "--num-envs 4 --num-steps 8 --obs-norm-rollouts 1 --max-episode-steps 10"
 LEARN = "--num-minibatches 2 --update-epochs 1 --int-return-filter forward --device cpu"
 OFTEN = "--save-interval 2 --log-interval 1 --num-workers 2 --keep-checkpoints 3"
 LENGTH = 12
+STEPS = 32  # of a rollout, all environments together
 QUICK = f"{GAME} {LEARN} {OFTEN} --total-rollouts {LENGTH} --run-dir runs --resume auto"
 
-# What a checkpoint has to hold, and what of its progress may differ between two runs: the sizes of the event files.
-PARTS = {"agent", "rnd", "optimizer", "obs_rms", "int_return_rms", "ranks", "progress"}
-VARYING = ["events"]
-# The noise generator of the NES is heard, not seen; it depends on which environments share a console.
-NES_NOISE = rb"NREG\x02\0\0\0.."
+# What a checkpoint has to hold.
+PARTS = {"agent", "rnd", "optimizer", "ranks", "progress", "args", "run"}
+# What differs in the state of a NES although nothing is seen of it: the noise generator, which is only heard, and memory
+# of a cartridge that this one does not have and that the emulator does not clear.
+UNSEEN = rb"NREG\x02\0\0\0..|WRAM\0\x20\0\0.{8192}"
 TIMING = ("time/", "charts/SPS")  # the only tags that may differ between two runs
 
 GONE = 2.0  # seconds after which the workers of a killed process are gone
@@ -119,13 +120,13 @@ class Run:
 
     @property
     def resumed(self):
-        """The checkpoints that it says it goes on from: one for each start under torchrun, none in a new run."""
-        return [Path(path).name for path in re.findall(r"^going on from (.*)$", self.stdout, re.M)]
+        """The checkpoints that it says it continues from: one for each start under torchrun, none in a new run."""
+        return [Path(path).name for path in re.findall(r"^run .*, continued from (.*)$", self.stdout, re.M)]
 
     @property
     def offered(self):
-        """The checkpoints that it says how to resume from, when a signal has ended it."""
-        return [self.cwd / path for path in re.findall(r"--resume (\S+)$", self.stdout, re.M)]
+        """The checkpoints that it says it has saved, at its end."""
+        return [self.cwd / path for path in re.findall(r"^saved (.*)$", self.stdout, re.M)]
 
     def error(self):
         """The reason that it gives for its end: one line, not a traceback."""
@@ -145,7 +146,7 @@ class Run:
         return sorted(int(path.stem[-6:]) for path in (self.cwd / "runs").glob("*/checkpoint_*.pt"))
 
     def load(self, rollout):
-        return self.script.load_checkpoint(checkpoint(self.directory, rollout))
+        return self.script.load_checkpoint(checkpoint(self.directory, rollout))[1]
 
     def set_aside(self):
         """Move runs/ away, so that the next run finds nothing; the directory of the run in it."""
@@ -191,10 +192,11 @@ class Run:
     def until_rollout(self, number):
         return self.until_said(f"rollout {number}, step")
 
-    def until_saving(self):
-        """Wait until the temporary file of a save exists; its path."""
-        self.until(lambda: list(self.cwd.glob("runs/*/save.tmp")))
-        [path] = self.cwd.glob("runs/*/save.tmp")
+    def until_saving(self, rollout=None):
+        """Wait until the temporary file of a save, or of the save after this rollout, exists; its path."""
+        number = "*" if rollout is None else f"{rollout:06d}"
+        self.until(lambda: list(self.cwd.glob(f"runs/*/checkpoint_{number}.pt.tmp")))
+        [path] = self.cwd.glob(f"runs/*/checkpoint_{number}.pt.tmp")
         return path
 
     @contextlib.contextmanager
@@ -264,11 +266,11 @@ def events(directory):
     return EventAccumulator(str(directory), dict(scalars=0, tensors=0), purge_orphaned_data=True).Reload()
 
 
-def curves(directory, until=math.inf):
-    """{tag: [(step, value), ...]} up to the step `until`, with duplicates if there are any."""
+def curves(directory, after=0, until=math.inf):
+    """{tag: [(step, value), ...]} of the steps after `after` up to `until`, with duplicates if there are any."""
     found = events(directory)
     points = {
-        tag: [(event.step, event.value) for event in found.Scalars(tag) if event.step <= until]
+        tag: [(event.step, event.value) for event in found.Scalars(tag) if after < event.step <= until]
         for tag in found.Tags()["scalars"]
     }
     return {tag: values for tag, values in points.items() if values}
@@ -296,13 +298,14 @@ def differences(a, b, where=""):
 
 def comparable(script, path, ignore=()):
     """What two checkpoints of the same run have in common; `ignore`: names in its progress that they do not."""
-    state = script.load_checkpoint(path)
+    _, state = script.load_checkpoint(path)
     assert set(state) >= PARTS
     state["args"] = {name: value for name, value in state["args"].items() if name not in script.FREE_ARGS}
-    for name in (*VARYING, *ignore):
+    del state["run"]
+    for name in ignore:
         del state["progress"][name]
     for env in [env for rank in state["ranks"] for env in rank["envs"]]:
-        env["game"] = re.sub(NES_NOISE, b"", env["game"], flags=re.DOTALL)
+        env["game"] = re.sub(UNSEEN, b"", env["game"], flags=re.DOTALL)
     return state
 
 
@@ -311,17 +314,18 @@ def assert_same_state(script, one, other, ignore=()):
     assert differences(comparable(script, one, ignore), comparable(script, other, ignore)) == []
 
 
-def assert_same_run(run, reference, rollouts=LENGTH, *, events=True, ignore=()):
-    """After so many rollouts `run` has the state of the run in the directory `reference`, and the same curves."""
+def assert_same_run(run, reference, rollouts=LENGTH, *, since=0, events=True, ignore=()):
+    """After so many rollouts `run` has the state of the run in the directory `reference`, and the same curves; those
+    of a new run that starts from an older checkpoint begin after the rollout `since`."""
     path = checkpoint(run.directory, rollouts)
     assert_same_state(run.script, path, checkpoint(reference, rollouts), ignore)
     if events:
         found = curves(run.directory)
-        expected = curves(reference, until=run.load(rollouts)["progress"]["step"])
+        expected = curves(reference, since * STEPS, rollouts * STEPS)
         assert set(found) == set(expected) and {"losses/policy_loss", "charts/episodic_return"} <= set(found)
         for tag, values in expected.items():
             assert found[tag] == values or tag.startswith(TIMING), tag
-        assert len(found["losses/policy_loss"]) == rollouts
+        assert len(found["losses/policy_loss"]) == rollouts - since
 
 
 def assert_clean(run):
@@ -335,17 +339,17 @@ def assert_clean(run):
 # The only places where the tests reach into a script or into what it calls.
 SEAMS = {
     "rollout": "collect",
-    "bonus": "intrinsic_reward",
+    "bonus": "RND.bonus",
+    "error": "RND.forward",
     "statistics": "merge_batch",
     "update": "update",
-    "minibatch": "optimization_step",
+    "minibatch": "minibatch",
     "loss": "losses",
     "emulator": "Env.step",
-    "curves": "SummaryWriter.add_scalar",
-    "curves flushed": "SummaryWriter.flush",
-    "curves cut": "os:truncate",
-    "snapshot": "snapshot",
-    "restore": "restore",
+    "curves": "torch.utils.tensorboard:SummaryWriter.add_scalar",
+    "curves flushed": "torch.utils.tensorboard:SummaryWriter.flush",
+    "snapshot": "Session.snapshot",
+    "restore": "Session.restore",
     "checkpoint": "torch:save",
     "checkpoint on disk": "os:fsync",
     "checkpoint renamed": "os:replace",
@@ -376,11 +380,12 @@ def die(script, seam, call, after=False):
     wrap(script, seam, hook)
 
 
-def slow_disk(script, seconds):
-    """Every save spends this long between writing the file and giving it its name."""
+def slow_disk(script, seconds, first=1):
+    """From this save on, each spends so long between writing the file and giving it its name."""
 
-    def hook(_, fsync, fd):
-        time.sleep(seconds)
+    def hook(number, fsync, fd):
+        if number >= first:
+            time.sleep(seconds)
         fsync(fd)
 
     wrap(script, "checkpoint on disk", hook)
@@ -400,11 +405,11 @@ def gates(script, *rollouts):
 
 
 def long_call(script, rollout):
-    """The update of this rollout of a new run begins with one call into torch that takes half a minute."""
+    """The update of this rollout of a new run begins with one call into torch that takes a second or more."""
 
     def hook(number, update, *args, **kwargs):
         if number == rollout:
-            matrix = torch.rand(12_000, 12_000)
+            matrix = torch.rand(4_000, 4_000)
             print("inside torch")
             torch.mm(matrix, matrix)
             print("torch is back")
@@ -439,10 +444,10 @@ def not_finite(script, what, rollout, value):
         return total * (value if number == 2 * rollout else 1), metrics
 
     def bonus(number, function, *args):
-        raw = function(*args)
-        if number == rollout:
-            raw[3, 1] = value
-        return raw
+        error = function(*args)
+        if number == 3 * rollout - 2:  # a rollout computes the error for the bonus, then for two minibatches
+            error[13] = value
+        return error
 
     # Merged into the statistics: the frames of the random play, then the frames and the returns of each rollout.
     merge = 2 * rollout + (what == "int_returns")
@@ -453,5 +458,5 @@ def not_finite(script, what, rollout, value):
             rms.var = np.full(rms.mean.shape, value)
 
     hooks = dict(loss=loss, gradient=gradient, bonus=bonus, frames=statistics, int_returns=statistics)
-    seams = dict(loss="loss", gradient="loss", bonus="bonus", frames="statistics", int_returns="statistics")
+    seams = dict(loss="loss", gradient="loss", bonus="error", frames="statistics", int_returns="statistics")
     wrap(script, seams[what], hooks[what])

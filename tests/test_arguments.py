@@ -42,7 +42,8 @@ BAD += [
     ("--env-id no/such:thing", ["--env-id", "no/such:thing"]),
     ("--resume missing.pt", ["missing.pt", "expected a checkpoint"]),
     ("--play missing.pt", ["missing.pt", "expected a checkpoint"]),
-    ("--play .", ["expected a checkpoint"]),
+    ("--play .", ["expected a run", "checkpoint_*.pt"]),
+    ("--resume .", ["expected a run", "checkpoint_*.pt"]),
 ]
 
 
@@ -135,7 +136,7 @@ def test_every_argument_is_read(name):
         for part in TREE.body
         if getattr(part, "name", "") not in ("Args", "check_args")
         for node in ast.walk(part)
-        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "args"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args")
     }
     assert name in reads
 

@@ -50,7 +50,9 @@ def test_functions_and_the_loop_are_counted_with_their_first_and_last_line():
 
 
 def test_a_diff_has_lines_and_hunks():
-    assert budgets.diff_size("a\nb\nc\nd\n", "a\nB\nc\nd\ne\n") == (3, 2)
+    """Changes with at most six equal lines between them are one hunk, as on screen."""
+    assert budgets.diff_size("a\nb\nc\nd\n", "a\nB\nc\nd\ne\n") == (3, 1)
+    assert budgets.diff_size("a\n" + "b\n" * 7, "A\n" + "b\n" * 7 + "c\n") == (3, 2)
     assert budgets.diff_size("a\n", "a\n") == (0, 0)
 
 

@@ -1,6 +1,7 @@
 """What README, CONTRIBUTING and docs say is so: links lead somewhere, flags exist, commands and examples run."""
 
 import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -10,6 +11,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import budgets
+import numpy as np
 import pytest
 from conftest import ROOT, SCRIPT, SMALL, last_checkpoint
 
@@ -32,6 +35,7 @@ COVERED = {
     "tensorboard": "never ends; test_training.py reads the events",
     "tests/sanitize.sh": "needs a compiler with sanitizers",
     "python tests/test_scripts.py": "test_scripts.py, test_stored_diff_is_fresh",
+    "python tests/budgets.py": "test_budgets.py",
     "git show": "test_scripts.py holds the scripts together, however they were edited",
     "git merge-file": "as git show",
     "python -m build": "test_packages.py",
@@ -53,6 +57,7 @@ SHORT = {
 # Left out of what is run, with so many values: a display, an account, a minute of compiling, the reader's own file.
 LEFT_OUT = {"--render": 0, "--track": 0, "--compile": 0, "--rom": 1}
 
+SCRIPT_NAME = re.compile(r"rnd_ppo(_[a-z0-9]+)+")  # not the underscores behind it in the name of a run's directory
 PROGRAM = re.compile(r"(python|pip|uv|conda|torchrun|srun|sbatch|docker|git|curl|wget|apt|brew|make|bash|sh|\$|#)")
 
 PLACEHOLDER = r"(PATH|CHECKPOINT|RUN)$|runs/."  # a checkpoint, a checkpoint, the directory of a run; something in one
@@ -140,11 +145,17 @@ def kind(words):
     """What SHORT or COVERED calls a command; None: neither knows it."""
     words = words[assignments(words) :]
     text = " ".join(words)
-    if re.match(r"(python (-m )?rnd_ppo_|torchrun .*\brnd_ppo_)\w+", text):
+    if re.match(rf"(python (-m )?|torchrun .*\b){SCRIPT_NAME.pattern}\b", text):
         return "play" if "--play" in words else "resume" if "--resume" in words and "auto" not in words else "train"
     if text.startswith("python ") and (words[1] in SHORT or words[1].startswith("tools/")):
         return words[1]
     return next((prefix for prefix in COVERED if f"{text} ".startswith(f"{prefix} ")), None)
+
+
+def script_of(words):
+    """The script that a command runs, or whose run it looks at; the base if it names none."""
+    match = SCRIPT_NAME.search(" ".join(words))
+    return match[0] if match else SCRIPT.stem
 
 
 COMMANDS = commands()
@@ -181,6 +192,68 @@ def test_sizes():
     assert not large
 
 
+# === Names ============================================================================================================
+
+
+def code(text):
+    """What stands between backticks."""
+    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+
+
+def script_names():
+    """Names of the scripts: classes and functions, and `Class.attribute` of whatever a class defines or sets."""
+    names = set()
+    for script in SCRIPTS:
+        for node in ast.parse(script.read_text("utf-8")).body:
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+                continue
+            names.add(node.name)
+            stored = [inner for inner in ast.walk(node) if isinstance(getattr(inner, "ctx", None), ast.Store)]
+            attributes = {inner.name for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef)}
+            attributes |= {inner.id for inner in stored if isinstance(inner, ast.Name)}
+            attributes |= {inner.attr for inner in stored if isinstance(inner, ast.Attribute)}
+            names |= {f"{node.name}.{attribute}" for attribute in attributes}
+    return names
+
+
+@pytest.mark.parametrize("path", DOCS, ids=NAMES.get)
+def test_tests_that_are_named_exist(path):
+    tests = "".join(test.read_text("utf-8") for test in (ROOT / "tests").glob("*.py"))
+    named = set(re.findall(r"\btest_\w+", prose(path))) - {test.stem for test in (ROOT / "tests").glob("*.py")}
+    assert not sorted(name for name in named if f"def {name}(" not in tests)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=NAMES.get)
+def test_attributes_that_are_named_exist(path):
+    names = script_names()
+    dotted = {word for word in code(prose(path)) if re.fullmatch(r"[A-Z]\w*\.\w+", word)}
+    assert not sorted(word for word in dotted if word.partition(".")[0] in names and word not in names)
+
+
+def test_every_place_to_change_a_choice_exists():
+    rows = [line for line in prose(ROOT / "docs" / "choices.md").splitlines() if line.startswith("| *change it* |")]
+    assert len(rows) > 10
+    for row in rows:
+        assert all(code(cell) for cell in row.strip("| ").split("|")[1:]), row
+        places = {word for word in code(row) if re.fullmatch(r"[A-Z]?\w+(\.\w+)?", word)} - {"forward"}  # a value
+        scripts = {path.name for path in SCRIPTS}
+        assert not sorted(places - script_names() - scripts), row
+
+
+def test_how_it_works_follows_the_sections_of_the_script():
+    sections = re.findall(r"^# === (\d+\. .*?) =+$", SCRIPT.read_text("utf-8"), re.M)
+    assert re.findall(r"^## (\d+\. .*)$", (ROOT / "docs" / "how_it_works.md").read_text("utf-8"), re.M) == sections
+
+
+def test_the_readme_knows_the_size_of_the_differences():
+    text, base = (path.read_text("utf-8") for path in (ROOT / "README.md", SCRIPT))
+    said = re.findall(r"\[(\d+) lines\]\(docs/diffs/atari__(\w+)\.diff\)", text)
+    assert len(said) == len(SCRIPTS) - 1
+    for lines, variant in said:
+        [script] = [path for path in SCRIPTS if path.stem.endswith(variant)]
+        assert budgets.diff_size(base, script.read_text("utf-8"))[0] == int(lines)
+
+
 # === Flags ============================================================================================================
 
 
@@ -193,7 +266,8 @@ def our_flags():
             if isinstance(node, ast.AnnAssign):
                 name = node.target.id.replace("_", "-")
                 flags |= {f"--{name}"} | ({f"--no-{name}"} if ast.unparse(node.annotation) == "bool" else set())
-    for path in [*(ROOT / "tools").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+    folders = [ROOT / "tools", ROOT / "benchmarks"]
+    for path in [*(path for folder in folders for path in folder.glob("*.py")), ROOT / "tests" / "budgets.py"]:
         flags |= set(re.findall(r"\"(--[a-z][a-z-]*)\"", path.read_text("utf-8")))
     return flags
 
@@ -218,6 +292,12 @@ def test_every_command_is_run_or_covered():
     assert RUN and [f"{where}: {' '.join(words)}" for where, words in COMMANDS if kind(words) is None] == []
 
 
+def test_a_commands_script_is_found_in_the_name_of_a_run():
+    assert script_of(["python", "tools/plot.py", "runs/Pong-v5__rnd_ppo_atari_lstm__*"]) == "rnd_ppo_atari_lstm"
+    assert script_of(["python", "rnd_ppo_mario.py"]) == "rnd_ppo_mario"
+    assert script_of(["python", "benchmarks/kernels.py"]) == "rnd_ppo_atari"
+
+
 def place(folder):
     """A copy of what the commands need: they may write where they like."""
     for path in (*SCRIPTS, *(ROOT / name for name in ("fastops", "tools", "benchmarks", "docs"))):
@@ -225,6 +305,8 @@ def place(folder):
             shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, folder)
+    for name, source in BUILT.items():
+        (folder / name).write_text(source, "utf-8")
     if (ROOT / "models").is_dir():
         (folder / "models").mkdir()
         for path in (ROOT / "models").iterdir():
@@ -248,9 +330,10 @@ def runs(tmp_path_factory, request):
         if script == SCRIPT.stem:
             return last_checkpoint(request.getfixturevalue("base_run")[1]).parent
         if script not in found:
-            cwd = tmp_path_factory.mktemp(script)
-            how = f"{SMALL} --num-workers 1 --total-rollouts 3"
-            execute([sys.executable, ROOT / f"{script}.py", *how.split()], cwd)
+            cwd = place(tmp_path_factory.mktemp(script))
+            trains = [words for _, words in RUN if words[:2] == ["python", f"{script}.py"] and kind(words) == "train"]
+            env, command = shortened(trains[0], run)
+            execute([*command, "--total-rollouts", "3"], cwd, env.items())
             found[script] = last_checkpoint(cwd / "runs").parent
         return found[script]
 
@@ -272,11 +355,9 @@ def shortened(words, run_of):
     if ">" in words:
         words = words[: words.index(">")]
     what = kind(words)
-    script = re.search(r"rnd_ppo_\w+", " ".join(words))
-    script = script[0] if script else SCRIPT.stem
     left_out = {i + k for i, word in enumerate(words) for k in range(LEFT_OUT.get(word, -1) + 1)}
     words = [
-        substitute(word, run_of(script))
+        substitute(word, run_of(script_of(words)))
         if re.match(PLACEHOLDER, word)
         else re.sub(r"^HOST(:\d+)?$", "localhost:0", word)
         for i, word in enumerate(words)
@@ -333,13 +414,45 @@ def examples(path):
             yield number, name[1] if name else "", "\n".join(lines) + "\n"
 
 
+def definition(script, name):
+    """First and last line of a class or function, counted from 1."""
+    tree = ast.parse((ROOT / script).read_text("utf-8"))
+    [node] = [node for node in tree.body if getattr(node, "name", "") == name]
+    return node.lineno, node.end_lineno
+
+
+def built(source):
+    """The file that a block stands for: the block itself, unless its first line says how to make the file with it."""
+    first, _, rest = source.partition("\n")
+    if match := re.fullmatch(r"# \w+\.py: these lines, then ([\w, ]+) from (\w+\.py)", first):
+        lines = (ROOT / match[2]).read_text("utf-8").splitlines()
+        spans = [definition(match[2], name) for name in match[1].split(", ")]
+        return "\n\n\n".join([source.rstrip(), *("\n".join(lines[begin - 1 : end]) for begin, end in spans)]) + "\n"
+    if match := re.fullmatch(r"# \w+\.py: (\w+\.py) with this class (\w+)", first):
+        lines = (ROOT / match[1]).read_text("utf-8").splitlines()
+        begin, end = definition(match[1], match[2])
+        lines[begin - 1 : end] = rest.rstrip().splitlines()
+        return "\n".join(lines) + "\n"
+    return source
+
+
+# Files that the pages make from a script: name -> source.
+BUILT = {name: built(source) for path in DOCS for _, name, source in examples(path) if built(source) != source}
+# Copies of a script with another class Game, and the game that the page plays with each.
+GAMES = {
+    words[1]: words[words.index("--env-id") + 1]
+    for _, words in COMMANDS
+    if len(words) > 1 and words[1] in BUILT and "--env-id" in words
+}
+
+
 @pytest.mark.parametrize("path", DOCS, ids=NAMES.get)
 def test_examples_compile(path):
     found = list(examples(path))
     for number, name, source in found:
-        compile(source, f"{NAMES[path]}:{number} {name}", "exec")
+        compile(built(source), f"{NAMES[path]}:{number} {name}", "exec")
         assert name or "# runs in the tests" not in source, f"{NAMES[path]}:{number}: expected a comment with a name"
-    names = [name for _, name, _ in found if name]
+    names = [name for page in DOCS for _, name, _ in examples(page) if name]
     assert len(names) == len(set(names)), names
 
 
@@ -355,6 +468,83 @@ def test_example_runs(path, name, tmp_path):
     for _, other, source in examples(path):
         if other:
             (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / other).write_text(source, "utf-8")
+            (tmp_path / other).write_text(built(source), "utf-8")
     execute([sys.executable, name], tmp_path)
     shutil.rmtree(tmp_path)
+
+
+# === A game of one's own ==============================================================================================
+
+
+def load(name, folder):
+    """The module of a file that a page makes."""
+    path = folder / name
+    path.write_text(BUILT[name], "utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def uses_of_a_game():
+    """What the base script, outside of the class Game, reads of the class and its objects."""
+    tree = ast.parse(SCRIPT.read_text("utf-8"))
+    outside = [node for node in tree.body if getattr(node, "name", "") != "Game"]
+    nodes = [node for top in outside for node in ast.walk(top) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in nodes if ast.unparse(node.value).rpartition(".")[2] in ("game", "Game")}
+
+
+def test_the_pages_make_copies_with_another_game():
+    assert {"rnd_ppo_maze.py", "rnd_ppo_gym.py"} <= set(GAMES)
+
+
+def test_the_page_lists_exactly_what_a_game_must_offer():
+    text = (ROOT / "docs" / "copying.md").read_text("utf-8")
+    table = text.partition("What a `Game` must offer:\n\n")[2].partition("\n\n")[0]
+    listed = re.findall(r"^\| `(\w+)", table, re.M)
+    assert sorted(listed) == sorted(uses_of_a_game() | {"Game"})
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_the_page_replaces_one_class_and_nothing_else(name):
+    [block] = [source for path in DOCS for _, other, source in examples(path) if other == name]
+    [node] = ast.parse(block).body
+    assert isinstance(node, ast.ClassDef)
+    assert node.name == "Game"
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_a_copys_game_continues_from_its_state(name, tmp_path):
+    """An Env that gets the state of another shows the same frames and rewards; the state can be saved."""
+    script = load(name, tmp_path)
+    first, second = (script.Env(GAMES[name], index, seed=3, max_episode_steps=40) for index in (0, 1))
+    assert all(hasattr(first.game, attribute) for attribute in uses_of_a_game())
+    actions = np.random.default_rng(0).integers(len(first.game.actions), size=150).tolist()
+
+    def play(env, actions):
+        outcomes, frame = [], np.zeros((84, 84), np.uint8)
+        for action in actions:
+            reward, done, _ = env.step(action, frame)
+            if done:
+                env.reset(frame)
+            outcomes.append((reward, done, frame.tobytes()))
+        return outcomes
+
+    before = play(first, actions[:70])
+    assert len({frame for _, _, frame in before}) > 2  # something moves
+    play(second, actions[:10])
+    state = first.get_state()
+    script.check_plain(state, "state")
+    second.set_state(state)
+    after = play(first, actions[70:])
+    assert after == play(second, actions[70:])
+    assert any(done for _, done, _ in after)
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_a_copy_refuses_another_game_in_one_line(name, tmp_path):
+    (tmp_path / name).write_text(BUILT[name], "utf-8")
+    command = [sys.executable, name, "--env-id", "Tetris-3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: --env-id: expected .*Tetris-3.*\n", done.stderr), done.stderr

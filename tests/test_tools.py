@@ -785,6 +785,13 @@ def test_the_bonus_has_a_logarithmic_axis_where_it_falls_by_a_factor_of_ten(tmp_
         assert figure.axes[0].get_yscale() == scale
 
 
+def test_an_outlier_does_not_hide_the_explained_variance(tmp_path):
+    for start, low in ((-9.0, -1), (-30.0, -30.45)):
+        run = write_run(tmp_path / str(start), ["losses/explained_variance"], 10, start=start)
+        figure = plot.plot({"a": [plot.read(run)]}, [plot.PANELS["explained"]])
+        assert figure.axes[0].get_ylim()[0] == pytest.approx(low)
+
+
 @pytest.mark.parametrize("count, shape", [(1, (800, 520)), (2, (1200, 520)), (4, (1200, 1040)), (5, (1800, 1040))])
 def test_any_number_of_panels_fits(tmp_path, count, shape):
     run = write_run(tmp_path / "run", TAGS, 3)
@@ -801,7 +808,9 @@ def test_panels_are_named_by_short_names_tags_or_their_last_part():
     assert plot.find_panel("entropy", tags) == plot.PANELS["entropy"]
     assert plot.find_panel("explained", tags) == plot.PANELS["explained"]
     assert (
-        plot.find_panel("time/update", tags) == plot.find_panel("update", tags) == ("time/update", "time/update", False)
+        plot.find_panel("time/update", tags)
+        == plot.find_panel("update", tags)
+        == plot.Panel("time/update", "time/update")
     )
     assert plot.find_panel("return=places visited", tags).title == "places visited"
     with pytest.raises(plot.UsageError, match="expected some of return entropy explained or a tag .*, got rooms"):

@@ -1,7 +1,6 @@
 """The script as its users run it: three rollouts of the real game, and playing what they have learned."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, last_checkpoint, run_script
 from runs import assert_same_state, curves, differences, events, serialized, write_checkpoint
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import fastops
 import rnd_ppo_atari as script
@@ -55,20 +55,22 @@ def test_the_script_leaves_events_with_every_tag(base_run):
         assert b == pytest.approx(a / c, rel=1e-4)
 
 
-def test_the_hyperparameters_are_in_the_events_as_text(base_run):
+def test_hparams_hold_the_arguments_that_describe_the_run(base_run):
+    """Not those of play, nor what belongs to the machine."""
     found = events(last_checkpoint(base_run[1]).parent)
-    (tag,) = [tag for tag in found.Tags()["tensors"] if tag.startswith("hyperparameters")]
-    text = found.Tensors(tag)[0].tensor_proto.string_val[0].decode()
-    for name in vars(Args()):
-        assert f"|{name}|" in text
-    assert "|num_steps|16|" in text
+    content = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert set(hparams) == set(vars(Args())) - script.LOCAL_ARGS
+    assert {"play", "episodes", "greedy", "render", "json", "resume", "run_dir", "num_workers"} <= script.LOCAL_ARGS
+    assert hparams["num_steps"].number_value == 16
+    assert hparams["env_id"].string_value == "ALE/MontezumaRevenge-v5"
 
 
 def test_the_screen_says_what_runs(base_run):
     done, run_dir = base_run
     (run,) = run_dir.iterdir()
     said = done.stdout + done.stderr
-    for fact in ("ALE/MontezumaRevenge-v5", "cpu", "fp32", fastops.BACKEND, "MiB", run.name, "8", "128 steps", "3/3"):
+    for fact in ("ALE/MontezumaRevenge-v5", "cpu", "fp32", fastops.BACKEND, "MiB", run.name, "1 x 8 env", "3/3"):
         assert fact in said
     assert "Traceback" not in said
 
@@ -82,17 +84,15 @@ def test_the_checkpoint_holds_everything_in_plain_types(base_run):
     assert set(state["args"]) == set(vars(Args()))
     assert state["progress"]["iteration"] == 3
     assert state["progress"]["step"] == 384
-    agent, rnd = script.Agent(18, 448), script.RNDModel()
+    agent, rnd = script.Agent(18, 448), script.RND()
     agent.load_state_dict(state["agent"])
     rnd.load_state_dict(state["rnd"])
-    rms = fastops.RunningMeanStd((84, 84))
-    rms.load_state_dict(state["obs_rms"])
-    assert rms.count == pytest.approx(4 * 128)  # 1 rollout of random play, 3 of training
+    assert rnd.obs_rms.count == pytest.approx(4 * 128)  # 1 rollout of random play, 3 of training
     optimizer_steps = {float(entry["step"]) for entry in state["optimizer"]["state"].values()}
     assert optimizer_steps == {48.0}
     assert len(state["ranks"]) == 1
     assert len(state["ranks"][0]["envs"]) == 8
-    assert not differences(load_checkpoint(path), state)
+    assert not differences(load_checkpoint(path), (path, state))
     assert not list(path.parent.glob("*.tmp"))
 
 
@@ -121,31 +121,26 @@ def test_the_same_seed_gives_the_same_run_whatever_the_workers(base_run, run_as_
 def test_another_seed_gives_another_run(base_run, tmp_path):
     """Other weights, other environments, other actions. Backward filter, other options at their defaults."""
     options = dict(num_envs=8, num_steps=16, obs_norm_rollouts=1, max_episode_steps=20, device="cpu", total_rollouts=1)
-    one = load_checkpoint(last_checkpoint(base_run[1]))
-    other = load_checkpoint(train(Args(**options, seed=2, num_workers=1, run_dir=str(tmp_path))))
+    _, one = load_checkpoint(last_checkpoint(base_run[1]))
+    _, other = load_checkpoint(train(Args(**options, seed=2, num_workers=1, run_dir=str(tmp_path))))
     weights = [name for name in one["rnd"] if "target" in name and "weight" in name]  # never trained
     assert len(weights) == 4
     assert not any(torch.equal(one["rnd"][name], other["rnd"][name]) for name in weights)
     for i in range(8):
         for key in ("rng", "game"):
             assert one["ranks"][0]["envs"][i][key] != other["ranks"][0]["envs"][i][key]
-    assert not torch.equal(one["ranks"][0]["rng"]["torch"], other["ranks"][0]["rng"]["torch"])
+    assert not torch.equal(one["ranks"][0]["rng"], other["ranks"][0]["rng"])
 
 
-def test_resuming_a_finished_run_does_nothing(run_as_function, tmp_path):
-    """Nothing is saved again, nor anything made below another --run-dir."""
+def test_resuming_a_finished_run_changes_nothing(base_run, run_as_function, tmp_path):
+    """Nor makes anything below another --run-dir."""
     path, _ = run_as_function
-    before = {file: file.stat().st_mtime_ns for file in path.parent.glob("*.pt")}
-    assert train(Args(**load_checkpoint(path)["args"] | dict(resume=str(path), run_dir=str(tmp_path)))) == path
-    assert {file: file.stat().st_mtime_ns for file in path.parent.glob("*.pt")} == before
+    files = set(path.parent.iterdir())
+    options = load_checkpoint(path)[1]["args"] | dict(resume=str(path.parent), run_dir=str(tmp_path))
+    assert train(Args(**options)) == path
+    assert set(path.parent.iterdir()) == files
+    assert_same_state(script, last_checkpoint(base_run[1]), path)
     assert not list(tmp_path.iterdir())
-
-
-def test_too_many_workers_are_clamped_with_a_notice(tmp_path, capsys):
-    options = dict(num_envs=4, num_steps=1, obs_norm_rollouts=1, total_rollouts=1, device="cpu", num_workers=5)
-    assert train(Args(**options, run_dir=str(tmp_path))).exists()
-    (notice,) = [line for line in capsys.readouterr().out.splitlines() if "--num-workers" in line]
-    assert re.search(r"\b5\b.*\b4\b", notice)
 
 
 # --- Play ---
@@ -169,7 +164,6 @@ def test_play_writes_a_report(base_run, tmp_path):
         assert row["median"] == np.median(returns)
         assert row["length"] == np.mean([e["episodic_length"] for e in episodes]) == 20
         assert row["rooms"] == np.mean([e["rooms"] for e in episodes]) == 1
-    assert len({tuple(e["seed"]) for e in report["episodes"][:3]}) == 3
     assert "mean" in done.stdout
     assert "length" in done.stdout
 
@@ -179,7 +173,7 @@ def test_play_repeats_itself_and_means_what_it_says(base_run, tmp_path, capsys):
     torch.manual_seed(0)
     agent = script.Agent(16, 448)
     args = Args(env_id="ALE/JourneyEscape-v5", max_episode_steps=100, episodes=2, device="cpu")
-    state = load_checkpoint(last_checkpoint(base_run[1])) | dict(agent=agent.state_dict(), args=vars(args))
+    state = load_checkpoint(last_checkpoint(base_run[1]))[1] | dict(agent=agent.state_dict(), args=vars(args))
     args.play = str(tmp_path / "agent.pt")
     write_checkpoint(tmp_path / "agent.pt", serialized(state))
     one, other = script.play(args), script.play(args)
@@ -195,7 +189,7 @@ def test_play_repeats_itself_and_means_what_it_says(base_run, tmp_path, capsys):
 
 
 def test_greedy_play_without_sticky_actions_is_deterministic(base_run):
-    state = load_checkpoint(last_checkpoint(base_run[1]))
+    _, state = load_checkpoint(last_checkpoint(base_run[1]))
     agent, episodes = script.load_agent(state), []
     for _ in range(2):
         env = script.Env("ALE/MontezumaRevenge-v5", sticky_action_prob=0.0, max_episode_steps=10)
@@ -214,7 +208,7 @@ sys.argv = ["notebook", "--no-such-flag"]
 import numpy as np, psutil, torch
 import gymnasium, tensorboard, tyro, torch.utils.tensorboard
 def world():
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     seeds = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     return handlers, seeds, threading.active_count(), psutil.Process().children(), torch.get_num_threads()
 before = world()

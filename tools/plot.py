@@ -7,8 +7,8 @@ Against time      python tools/plot.py runs/* --out curves.png --x time
 Other panels      python tools/plot.py runs/* --out curves.png --panels return entropy explained losses/approx_kl
 
 Runs of the same game and experiment (a run's directory is GAME__EXPERIMENT__SEED__TIME), or with the same label, form
-one curve: their mean, with a band of one standard deviation. Where some of them have already ended, the curve continues
-dotted, as the mean of the others. Directories without values are skipped.
+one curve: their mean, with a band of one standard deviation. Where some of them have no values, before their first or
+after their last one, the curve is dotted: the mean of the others. Directories without values are skipped.
 
 A panel is a short name (return, length, best, rooms, x, bonus, int_reward, predictor, entropy, explained,
 int_explained, speed), a tag of TensorBoard or the last part of one. NAME=TITLE gives it a title of your own. Without
@@ -41,6 +41,7 @@ class Panel(NamedTuple):
     tag: str
     title: str
     log: bool = False  # a logarithmic axis, if the values differ by a factor of ten
+    floor: float = -math.inf  # lower values lie outside the panel, unless all are lower
 
 
 PANELS = {  # by short name
@@ -53,8 +54,8 @@ PANELS = {  # by short name
     "int_reward": Panel("rnd/int_reward", "intrinsic reward / its std"),
     "predictor": Panel("losses/predictor_loss", "predictor loss", log=True),
     "entropy": Panel("losses/entropy", "entropy of the policy"),
-    "explained": Panel("losses/explained_variance", "explained variance"),
-    "int_explained": Panel("losses/int_explained_variance", "explained variance, intrinsic"),
+    "explained": Panel("losses/explained_variance", "explained variance", floor=-1),
+    "int_explained": Panel("losses/int_explained_variance", "explained variance, intrinsic", floor=-1),
     "speed": Panel("charts/SPS", "steps per second"),
 }
 DEFAULT = ("return", "rooms", "best", "bonus", "int_reward", "predictor")
@@ -191,12 +192,12 @@ def mean_and_spread(curves: list[tuple[np.ndarray, np.ndarray]], smooth: int = 1
 
 
 def draw_curve(ax, curves: list[tuple[np.ndarray, np.ndarray]], color: str, log: bool, smooth: int) -> None:
-    """The mean of the curves, dotted where only some of them go on, and a band of one standard deviation."""
+    """The mean of the curves, dotted where some of them have no values, and a band of one standard deviation."""
     x, mean, spread, count = mean_and_spread(curves, smooth)
-    some_ended = count < len(curves)
+    incomplete = count < len(curves)
     marker = "." if x[0] == x[-1] else None  # a single point is no line
-    ax.plot(x, np.where(some_ended, np.nan, mean), color=color, lw=1.4, marker=marker)
-    ax.plot(x, np.where(some_ended, mean, np.nan), color=color, lw=1.4, ls=":")
+    ax.plot(x, np.where(incomplete, np.nan, mean), color=color, lw=1.4, marker=marker)
+    ax.plot(x, np.where(incomplete, mean, np.nan), color=color, lw=1.4, ls=":")
     if len(curves) > 1:
         low = mean - spread
         if log:
@@ -223,6 +224,8 @@ def draw_panel(ax, panel: Panel, groups: Groups, unit: float, smooth: int) -> No
         ax.set_yscale("log")
     else:
         ax.yaxis.set_major_formatter(format_value)
+    if ax.get_ylim()[0] < panel.floor < values.max():
+        ax.set_ylim(bottom=panel.floor)
 
 
 def time_unit(longest: float) -> tuple[str, int]:
