@@ -246,7 +246,11 @@ class Game:
 
     def set_state(self, state: bytes) -> None:
         """Continue from what `get_state` returned."""
-        self.ale.restoreState(ale_py.ALEState(state))
+        target = ale_py.ALEState(state)
+        self.ale.reset_game()
+        if target.getEpisodeFrameNumber() > 0:  # ALE 0.12.1 does not save whether its last frame is complete
+            self.ale.act(ale_py.Action.NOOP)
+        self.ale.restoreState(target)
 
 
 class Env:

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 
-import ale_py
 import gymnasium as gym
 import numpy as np
 import psutil
@@ -20,8 +19,7 @@ import torch
 from conftest import ROOT
 from gymnasium.wrappers import AtariPreprocessing
 
-import rnd_ppo_atari as script
-from rnd_ppo_atari import Env, Game, Rollout, UsageError, VectorEnv, collect
+from rnd_ppo_atari import Env, Game, Rollout, VectorEnv, collect
 
 MONTEZUMA, INVADERS, BREAKOUT = "ALE/MontezumaRevenge-v5", "ALE/SpaceInvaders-v5", "ALE/Breakout-v5"
 
@@ -308,7 +306,9 @@ def test_results_depend_on_neither_workers_nor_groups(plain_loop, workers, group
         for t in range(STEPS - STEPS // 2):
             parts = received[t * len(envs.groups) : (t + 1) * len(envs.groups)]
             frames, rewards, dones, ended = zip(*parts, strict=True)
-            results.append((*map(np.concatenate, (frames, rewards, dones)), sum(ended, [])))
+            results.append(
+                (*map(np.concatenate, (frames, rewards, dones)), [episode for part in ended for episode in part])
+            )
         assert_equal_steps(results, expected)
     finally:
         envs.close()
