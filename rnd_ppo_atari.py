@@ -246,11 +246,10 @@ class Game:
 
     def set_state(self, state: bytes) -> None:
         """Continue from what `get_state` returned."""
-        target = ale_py.ALEState(state)
-        self.ale.reset_game()
-        if target.getEpisodeFrameNumber() > 0:  # ALE 0.12.1 does not save whether its last frame is complete
+        self.ale.reset_game()  # and a frame: ALE 0.12.1 does not save whether its last frame is complete
+        if ale_py.ALEState(state).getEpisodeFrameNumber() > 0:
             self.ale.act(ale_py.Action.NOOP)
-        self.ale.restoreState(target)
+        self.ale.restoreState(ale_py.ALEState(state))
 
 
 class Env:

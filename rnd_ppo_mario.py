@@ -17,9 +17,8 @@ name (`rewards`, `values`, ...) belongs to the game's stream, which ends with th
 belongs to the stream of the intrinsic reward, which does not. "Burda" is Burda et al. 2018, arXiv:1810.12894, and the
 code published with it; "Machado" is Machado et al. 2018, arXiv:1709.06009.
 
-Variant of rnd_ppo_atari.py: Super Mario Bros., `--stage 1-1` to 8-4. The only reward is 1 at the flag, so
-`episodic_return` is the flag; a room is a column of the stage, 16 pixels wide. "PPO-RND" is the branch `mario` of
-github.com/alirezakazemipour/PPO-RND, whose defaults these are, except for --vf-coef, which is 0.25 there.
+Variant of rnd_ppo_atari.py: Super Mario Bros.; the only reward is 1 for the flag. A room is 16 pixels of the stage.
+"PPO-RND" is github.com/alirezakazemipour/PPO-RND, branch `mario`: its defaults, except for --vf-coef, 0.25 there.
 """
 
 from __future__ import annotations
@@ -190,8 +189,6 @@ class Game:
 
     actions: what the agent chooses from, by index. noop: the index of doing nothing, which can lie outside `actions`.
     shape: (H, W) of the screen. palette: the gray of each color index, uint8 (256,), or None where `draw` writes gray.
-
-    A process can have one emulator only, which all its games share: the one that acts puts its own state in first.
     """
 
     SKIP = 4  # frames per action [Burda, Table 2]
@@ -202,7 +199,7 @@ class Game:
     state: bytes
     ram: np.ndarray
     furthest_x: int
-    emulator: Any = None
+    emulator: Any = None  # one per process, for all games: the game that acts puts its own state in first
     power_on = b""  # its state before the first frame
     inside: Any = None  # the game whose state it has
 
