@@ -12,7 +12,6 @@ import psutil
 import pytest
 from runs import (
     QUICK,
-    STEPS,
     assert_clean,
     assert_same_run,
     broken_emulator,
@@ -300,7 +299,7 @@ def test_event_file_unwritable_later(start, resume):
         run.limit_files(resource.RLIM_INFINITY)
     run.ends()
     run = resume(8, events=False)
-    rollouts = [step // STEPS for step, _ in curves(run.directory)["losses/policy_loss"]]
+    rollouts = [step // 32 for step, _ in curves(run.directory)["losses/policy_loss"]]
     assert rollouts == [1, 2, 5, 6, 7, 8]
 
 
@@ -376,13 +375,17 @@ def test_rank_killed_without_restarts(start):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun(start):
-    """A pre-empted node: torchrun passes the signal on to every process of its ranks; the run is saved."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_torchrun(start, number):
+    """Of a job scheduler or Ctrl-C. It reaches torchrun, its ranks and all their workers; torchrun repeats it to the
+    ranks while they save. The run is saved, and nothing stays."""
     run = start(f"{QUIET} --num-workers 1 --total-rollouts 1000", command=f"{RANKS} 0")
     run.until_rollout(3)
-    os.kill(run.pid, signal.SIGTERM)
-    run.until(run.saved, SOON)
+    os.killpg(run.pid, number)
+    run.until_saving()
+    for rank in (0, 1):
+        os.kill(rank_process(run, rank), number)
     run.wait()
     run.nothing_left(5.0)
-    state = run.load(run.saved()[-1])
-    assert state["progress"]["iteration"] >= 2 and len(state["ranks"]) == 2
+    assert run.saved()[-1] >= 2
+    assert len(run.load(run.saved()[-1])["ranks"]) == 2

@@ -1,18 +1,34 @@
 """A run that goes on: from which checkpoint, with which arguments, and with the bits of one that never stopped."""
 
 import io
+import os
 import pickle
 import re
 import shutil
 import signal
+import sys
+import time
 import zipfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import last_checkpoint
-from runs import BASE, LSTM, MARIO, QUICK, assert_same_run, checkpoint, die, gates, serialized, write_checkpoint
+from runs import (
+    BASE,
+    LSTM,
+    MARIO,
+    QUICK,
+    assert_same_run,
+    checkpoint,
+    die,
+    gates,
+    serialized,
+    unprivileged,
+    write_checkpoint,
+)
 
 import rnd_ppo_atari as script
 
@@ -102,6 +118,7 @@ def test_going_back_starts_a_new_run(start, stopped, resume):
     """`--resume PATH` of an older checkpoint: nothing of the run it is from is touched, and the state it starts from is
     saved at once. Killed then, `--resume auto` continues the new run, because its checkpoint is the newest."""
     directory = stopped(2, 4, 6)
+    (directory / "best.pt").write_bytes(b"better than what comes")
     before = contents(directory)
     run = start(f"{QUICK} --total-rollouts 6 --resume {checkpoint(directory, 2)}", fault=(die, "rollout", 2))
     run.dies()
@@ -142,6 +159,147 @@ def test_newest_checkpoints_and_the_best_are_kept(start):
     run = start(f"{QUICK} --keep-checkpoints 1 --total-rollouts 9")
     run.ends()
     assert run.saved() == [9] and (run.directory / "best.pt").exists()
+
+
+def test_a_million_rollouts_and_the_copies_of_a_user(start, stopped):
+    """Numbers of seven digits come after those of six: what is kept and what is resumed are the newest. A user's copies
+    in the folder are never taken for checkpoints of the run."""
+    directory = stopped(2)
+    first = checkpoint(directory, 999_999)
+    _, state = script.load_checkpoint(checkpoint(directory, 2))
+    state["progress"]["iteration"] = 999_999
+    write_checkpoint(first, serialized(state))
+    copies = [directory / f"checkpoint_{name}.pt" for name in ("000001-keep", "999999_backup", "2", "0000003")]
+    for copy in copies:
+        checkpoint(directory, 2).rename(copy) if copy == copies[0] else copy.write_bytes(b"copy")
+    for last, resumed in ((1_000_001, "checkpoint_999999.pt"), (1_000_002, "checkpoint_1000001.pt")):
+        run = start(f"{QUICK} --save-interval 1 --total-rollouts {last}")
+        run.ends()
+        assert run.directory == directory and run.resumed == [resumed]
+    assert [path.name for path in script.checkpoints(directory)] == [
+        "checkpoint_1000000.pt",
+        "checkpoint_1000001.pt",
+        "checkpoint_1000002.pt",
+    ]
+    assert all(copy.exists() for copy in copies)
+    assert script.load_checkpoint(directory)[1]["progress"]["iteration"] == 1_000_002
+
+
+def test_only_the_newest_checkpoint_in_its_own_directory_continues_in_place(stopped, uninterrupted, monkeypatch):
+    """By any path that leads to it; not an older one, nor the best, even if no other is left."""
+    directory = stopped(2, 4)
+    _, state = script.load_checkpoint(directory)
+    newest, link = checkpoint(directory, 4), directory.with_name("latest")
+    link.symlink_to(directory.name)
+    assert script.is_newest(newest, state)
+    assert script.is_newest(link / newest.name, state)
+    monkeypatch.chdir(directory)
+    assert script.is_newest(Path(newest.name), state)
+    assert not script.is_newest(checkpoint(directory, 2), state)
+    best = newest.rename(directory / "best.pt")
+    assert not script.is_newest(best, state)
+    checkpoint(directory, 2).unlink()
+    assert not script.is_newest(best, state)
+
+
+def test_a_run_that_cannot_be_written_to_continues_in_a_new_directory(start, stopped, tmp_path):
+    """The folder of another user: `--resume` leaves it alone, `auto` looks past what it cannot read, and a --run-dir
+    that cannot be written to is refused in one line."""
+    directory = stopped(2, 4)
+    before = contents(directory)
+    hidden = tmp_path / "mine" / f"{script.run_prefix(script.Args())}20300101-000000"
+    hidden.mkdir(parents=True)
+    modes = {hidden: 0o000, directory: 0o555, directory.parent: 0o555}
+    for path, mode in modes.items():
+        path.chmod(mode)
+    try:
+        theirs = directory.relative_to(tmp_path)
+        run = start(f"{QUICK} --total-rollouts 5 --run-dir mine --resume {theirs}", fault=(unprivileged,))
+        run.ends()
+        [mine] = [path for path in hidden.parent.iterdir() if path != hidden]
+        assert f"run mine/{mine.name}, continued from {theirs}/checkpoint_000004.pt" in run.stdout
+        run = start(f"{QUICK} --total-rollouts 6 --run-dir mine", fault=(unprivileged,))
+        run.ends()
+        assert f"run mine/{mine.name}, continued from mine/{mine.name}/checkpoint_000005.pt" in run.stdout
+        run = start(f"{QUICK} --resume {theirs}", fault=(unprivileged,))
+        run.ends(2)
+        assert "--run-dir: expected a directory that can be written to" in run.error()
+    finally:
+        for path in modes:
+            path.chmod(0o755)
+    assert contents(directory) == before
+
+
+# --- Which run `--resume auto` takes ---
+
+
+@pytest.fixture
+def make_run(tmp_path, base_run):
+    """make_run(name, when, rollout, **arguments): the directory of a run whose newest checkpoint, without weights, is
+    `when` seconds old."""
+    _, state = script.load_checkpoint(last_checkpoint(base_run[1]))
+    state = {name: value for name, value in state.items() if name not in ("agent", "rnd")} | dict(optimizer={})
+
+    def make_run(name, when, rollout=3, processes=1, **arguments):
+        args = vars(script.Args(run_dir=str(tmp_path), **arguments))
+        directory = tmp_path / f"{script.run_prefix(script.Args(**args))}{name}"
+        directory.mkdir()
+        changed = dict(args=args, progress=dict(iteration=rollout), ranks=[{}] * processes, run=directory.name)
+        write_checkpoint(checkpoint(directory, rollout), serialized(state | changed))
+        os.utime(checkpoint(directory, rollout), (time.time() - when,) * 2)
+        return directory
+
+    return make_run
+
+
+def auto(tmp_path, **arguments):
+    """The run that `--resume auto` continues with these arguments; None for a new one."""
+    path, _ = script.find_checkpoint(script.Args(run_dir=str(tmp_path), resume="auto", **arguments))
+    return path and path.parent
+
+
+def test_auto_continues_the_newest_run_that_these_arguments_can_continue(make_run, tmp_path, capsys):
+    """The jobs of an array find each their own run. A small trial that is newer is not in the way, nor one for more
+    processes. Newest by the checkpoint, not by the start of the run; a finished run may be continued with more."""
+    seeds = {seed: make_run("20260102-000000", 500, seed=seed) for seed in (1, 2, 3)}
+    restarted = make_run("20260101-000000", 400, seed=2)
+    make_run("20260103-000000", 10, num_envs=8)
+    make_run("20260104-000000", 9, processes=8)
+    make_run("20260105-000000", 8, anneal=True, seed=3)
+    assert auto(tmp_path) == seeds[1]
+    assert auto(tmp_path, seed=2) == restarted
+    assert auto(tmp_path, seed=3, total_rollouts=40_000, device="cpu", num_workers=3, log_interval=1) == seeds[3]
+    assert capsys.readouterr().out == ""
+
+
+def test_auto_starts_anew_and_says_why_the_newest_run_does_not_fit(make_run, tmp_path, capsys):
+    """An argument, the number of processes in torchrun's words, or more rollouts done than wanted."""
+    assert auto(tmp_path) is None and capsys.readouterr().out == ""
+    made = make_run("20260101-000000", 100)
+    make_run("20260102-000000", 200, num_steps=64)
+    for arguments, reason in (
+        (dict(gamma=0.9), "--gamma: expected 0.999"),
+        (dict(total_rollouts=2), "--total-rollouts: expected at least 3"),
+    ):
+        assert auto(tmp_path, **arguments) is None
+        said = capsys.readouterr().out
+        assert (
+            said.startswith(f"no run that these arguments continue: {reason}, as in {made}") and said.count("\n") == 1
+        )
+    make_run("20260103-000000", 10, processes=8, anneal=True)
+    assert auto(tmp_path, anneal=True) is None
+    said = capsys.readouterr().out
+    assert "expected torchrun with 8 processes" in said and "set --nproc-per-node and --nnodes" in said
+
+
+def test_auto_knows_game_and_experiment(make_run, tmp_path):
+    """Whatever characters are in the name."""
+    names = ["a", "a[1]", "[a]", "a*", "?", "a__1", "__", "é b", "a__1__2"]
+    runs = {name: make_run("20260101-000000", 100, exp_name=name) for name in names}
+    breakout = make_run("20260102-000000", 10, exp_name="a", env_id="ALE/Breakout-v5")
+    assert {name: auto(tmp_path, exp_name=name) for name in names} == runs
+    assert auto(tmp_path, exp_name="a", env_id="ALE/Breakout-v5") == breakout
+    assert auto(tmp_path, exp_name="b") is None
 
 
 # --- Damaged checkpoints ---
@@ -298,6 +456,72 @@ def test_arguments_that_contradict_the_checkpoint_are_refused_by_name(fails, bas
     line = fails(f"--resume {path} {argument}")
     assert all(word in line for word in (*argument.split(), saved)), line
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+def write_changed(path, state, **arguments):
+    """A checkpoint like `state`, with these arguments changed, or removed where None is given."""
+    args = {name: value for name, value in (state["args"] | arguments).items() if value is not None}
+    write_checkpoint(path, serialized(state | dict(args=args)))
+    return path
+
+
+def test_a_changed_number_of_processes_is_refused_in_the_words_of_torchrun(fails, base_run, monkeypatch):
+    monkeypatch.setattr(script, "PROCESSES", 4)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    line = fails(f"--resume {last_checkpoint(base_run[1])}")
+    assert "expected torchrun with 1 processes" in line and "got 4" in line and "--nproc-per-node" in line
+
+
+def test_an_argument_more_or_less_than_the_script_has(fails, base_run, tmp_path, monkeypatch):
+    """Of a checkpoint from a copy of the script: one that the script does not know is named; one that is new in the
+    script has its default."""
+    _, state = script.load_checkpoint(last_checkpoint(base_run[1]))
+    more = write_changed(tmp_path / "more.pt", state, curiosity=0.5)
+    for flag in ("--resume", "--play"):
+        line = fails(f"{flag} {more}")
+        assert "curiosity" in line and "arguments of this script" in line
+    less = write_changed(tmp_path / "less.pt", state, anneal=None, norm_adv=None)
+    for flag in ("--resume", "--play"):
+        monkeypatch.setattr(sys, "argv", ["rnd_ppo_atari.py", flag, str(less)])
+        args = script.parse_args()
+        assert args.num_steps == 16 and not args.anneal
+    script.check_resumable(args, *script.load_checkpoint(less))
+
+
+def test_what_belongs_to_another_machine_is_not_taken_from_a_checkpoint(base_run, tmp_path, monkeypatch):
+    _, state = script.load_checkpoint(last_checkpoint(base_run[1]))
+    theirs = dict(run_dir="/no/such/disk", track=True, device="cuda", num_workers=500, resume="auto", json="/no/report")
+    path = write_changed(tmp_path / "theirs.pt", state, **theirs)
+    for flag in ("--resume", "--play"):
+        monkeypatch.setattr(sys, "argv", ["rnd_ppo_atari.py", flag, str(path)])
+        args = script.parse_args()
+        expected = {name: getattr(script.Args(), name) for name in theirs} | {flag.strip("-"): str(path)}
+        assert {name: getattr(args, name) for name in expected} == expected
+        assert args.num_envs == 8
+        script.check_args(args)
+
+
+@pytest.mark.parametrize("how", ["exported", "format 1"])
+def test_weights_without_the_rest_cannot_be_resumed(fails, base_run, tmp_path, how):
+    _, state = script.load_checkpoint(last_checkpoint(base_run[1]))
+    if how == "exported":
+        del state["optimizer"], state["ranks"]
+    else:
+        state["format"] = 1
+    write_checkpoint(tmp_path / "policy.pt", serialized(state))
+    line = fails(f"--resume {tmp_path / 'policy.pt'}")
+    assert "policy.pt: expected a checkpoint of a run, got exported or old weights; use --play with them" in line
+
+
+def test_another_horizon_of_the_annealing_is_announced(base_run, tmp_path, capsys):
+    _, state = script.load_checkpoint(last_checkpoint(base_run[1]))
+    for total, anneal, warned in ((3, True, False), (4, True, True), (4, False, False)):
+        path = write_changed(tmp_path / "checkpoint.pt", state, anneal=anneal)
+        _, changed = script.load_checkpoint(path)
+        args = script.Args(**script.saved_args(changed) | dict(total_rollouts=total))
+        script.check_resumable(args, path, changed)
+        script.Run(args, path, changed).describe()
+        assert ("warning: --anneal ends at another --total-rollouts" in capsys.readouterr().out) == warned
 
 
 # --- Two runs ---
