@@ -50,11 +50,12 @@ _cached_plan = lru_cache(maxsize=64)(Plan)
 
 cdef inline void pool(const unsigned char* a, const unsigned char* b, Py_ssize_t width,
                       const unsigned char* palette, unsigned char* pixels) noexcept nogil:
+    """The larger pixel of each pair. With a palette, the screens hold its indices."""
     cdef Py_ssize_t x
     if palette == NULL:
         for x in range(width):  # pixels = np.maximum(a, b)
             pixels[x] = a[x] if a[x] > b[x] else b[x]
-    elif memcmp(a, b, width) == 0:  # true of most rows of successive screens, and half the work
+    elif memcmp(a, b, width) == 0:  # most rows of successive screens are equal: one lookup per pixel will do
         for x in range(width):  # pixels = palette[a]
             pixels[x] = palette[a[x]]
     else:
@@ -80,7 +81,7 @@ cdef inline void shrink(const unsigned char* pixels, Plan plan, float* sums) noe
     cdef unsigned int four
     cdef float total
     for k in range(0, taps, 4):
-        weights = &plan.x_weights[k, 0]
+        weights = &plan.x_weights[k, 0]  # four rows of weights
         for j in range(SIZE):
             four = pack(pixels + plan.x_start[j] + k)
             total = sums[j] if k > 0 else 0  # clearing sums first would take 10 % more time
@@ -91,9 +92,9 @@ cdef inline void shrink(const unsigned char* pixels, Plan plan, float* sums) noe
             sums[j] = total
 
 
+# The sums of the last two different rows. A row is needed again where two output rows share it, and many games draw a
+# row twice or alternate between two.
 cdef struct Cache:
-    # What `shrink` made of the last two different rows. A row is needed again where two output rows overlap, and many
-    # games draw a row twice or alternate between two.
     float[2][SIZE] sums
     Py_ssize_t[2] row  # where each was seen last, or -1
     int newest  # 0 or 1

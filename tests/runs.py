@@ -44,8 +44,8 @@ QUICK = f"{GAME} {LEARN} {OFTEN} --total-rollouts {LENGTH} --run-dir runs --resu
 
 # What a checkpoint has to hold.
 PARTS = {"agent", "rnd", "optimizer", "ranks", "progress", "args", "run"}
-# What differs in the state of a NES although nothing is seen of it: the noise generator, which is only heard, and memory
-# of a cartridge that this one does not have and that the emulator does not clear.
+# What differs in the state of a NES although nothing is seen of it: the noise generator, which is only heard, and
+# memory that this cartridge does not have and the emulator does not clear.
 UNSEEN = rb"NREG\x02\0\0\0..|WRAM\0\x20\0\0.{8192}"
 TIMING = ("time/", "charts/SPS")  # the only tags that may differ between two runs
 

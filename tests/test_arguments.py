@@ -1,10 +1,12 @@
 """The arguments: how bad ones are refused (exit code 2 and one line, before anything is created), and their help."""
 
 import ast
+import inspect
 import itertools
 import os
 import re
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -40,19 +42,59 @@ BAD += [
     ("--env-id Brakout", ["--env-id", "Brakout", "Breakout"]),
     ("--env-id CartPole-v1", ["--env-id", "ALE", "CartPole-v1"]),
     ("--env-id no/such:thing", ["--env-id", "no/such:thing"]),
+    ("--env-id MontezumaRevenge-v5", ["'MontezumaRevenge-v5'; try ALE/MontezumaRevenge-v5, "]),
+    ("--exp-name a/b", ["--exp-name", "without slashes", "a/b"]),
+    ("--norm-adv --num-envs 4 --num-steps 1", ["--norm-adv", "two samples or more"]),
     ("--resume missing.pt", ["missing.pt", "expected a checkpoint"]),
     ("--play missing.pt", ["missing.pt", "expected a checkpoint"]),
-    ("--play .", ["expected a run", "checkpoint_*.pt"]),
-    ("--resume .", ["expected a run", "checkpoint_*.pt"]),
+    ("--resume .", ["expected a run with checkpoint_*.pt"]),
+    ("--play .", ["expected a run with checkpoint_*.pt"]),
 ]
+BAD += [
+    (f"{flag} --num-envs 4", [flag.split()[0], "--play"])
+    for flag in ("--json x", "--greedy", "--render", "--episodes 3")
+]
+LONG = "n" * 300
+BAD += [(f"{flag} {LONG}", ["name too long"]) for flag in ("--run-dir", "--resume", "--play", "--run-dir . --exp-name")]
+BAD += [(f"--run-dir {LONG} --resume auto", ["--run-dir", "name too long"])]
 
 
-@pytest.mark.parametrize("arguments, said", BAD, ids=[arguments for arguments, _ in BAD])
+@pytest.mark.parametrize("arguments, said", BAD, ids=[arguments.replace(LONG, "LONG") for arguments, _ in BAD])
 def test_bad_arguments(fails, arguments, said):
     """The flag, what was expected, what came."""
     line = fails(arguments)
     for words in said:
         assert words in line
+
+
+ELSEWHERE = [(flag, here) for here, flags in script.FLAGS_ELSEWHERE.items() for flag in sorted(flags)]
+
+
+@pytest.mark.parametrize("flag, here", ELSEWHERE, ids=[flag for flag, _ in ELSEWHERE])
+def test_flags_of_other_projects_get_a_hint(fails, flag, here):
+    """Whether they are written with - or _, with the value behind a space or a =."""
+    for given in (f"--{flag} 3", f"--{flag.replace('-', '_')}=3"):
+        line = fails(given)
+        assert f"--{flag}" in line and f"use {here}" in line
+    named = re.findall(r"--([a-z-]+)", here)
+    known = {name.replace("_", "-") for name in vars(Args())} | {"video"}  # of tools/watch.py
+    assert named and set(named) <= known
+
+
+@pytest.mark.parametrize("environment", [dict(WORLD_SIZE="4"), dict(RANK="1")], ids=str)
+def test_several_processes_without_torchrun(fails, monkeypatch, environment):
+    """As a job scheduler may leave the variables behind."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(script, "PROCESSES", int(environment.get("WORLD_SIZE", 1)))
+    monkeypatch.setattr(script, "RANK", int(environment.get("RANK", 0)))
+    line = fails("--num-envs 4")
+    assert "torchrun" in line
+    assert all(f"{name} {value}" in line for name, value in environment.items())
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_track_without_wandb(fails):
+    assert "pip install" in fails("--track")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -79,6 +121,7 @@ def test_a_run_directory_that_cannot_be_written(fails, tmp_path):
         ("--sticky-action-prob 2", ["--sticky-action-prob", "0 to 1", "2.0"]),
         ("--max-episode-steps 0", ["--max-episode-steps", "at least 1", "0"]),
         ("--json no/such/folder/report.json", ["--json", "no/such/folder"]),
+        ("--json .", ["--json", "a file that can be written", "'.'"]),
     ],
 )
 def test_bad_arguments_of_play(base_run, fails, argument, said):
@@ -101,12 +144,13 @@ def test_a_window_without_display(base_run, fails, monkeypatch):
     assert "--render" in fails(f"--play {last_checkpoint(base_run[1])} --render")
 
 
-def test_the_exit_code_reaches_the_shell(tmp_path):
-    done = run_script("--num-envs 10", tmp_path, check=False)
+def test_the_exit_code_reaches_the_shell(tmp_path, monkeypatch):
+    """And the line a terminal that knows ASCII only."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run_script("--num-envs 12 --exp-name é/", tmp_path, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "--num-envs" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr == "error: --exp-name: expected a name without slashes, got '?/'\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,15 +191,37 @@ def test_every_argument_has_its_own_help(monkeypatch, capsys):
     texts = [" ".join(text.split()) for text in HELP.values()]
     assert len(set(texts)) == len(texts)
     assert min(map(len, texts)) > 10
+    shown = re.sub(r"\s+", "", help_text(monkeypatch, capsys))
+    for name, text in zip(HELP, texts, strict=True):
+        assert f"--{name.replace('_', '-')}" in shown
+        assert "".join(text.split()) in shown, name
+
+
+def help_text(monkeypatch, capsys):
+    """What --help prints on a terminal of 80 columns."""
     monkeypatch.setattr(sys, "argv", ["rnd_ppo_atari.py", "--help"])
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
         script.main()
-    assert ended.value.code == 0
-    shown = re.sub(r"[\s│]+", "", capsys.readouterr().out)
-    for name, text in zip(HELP, texts, strict=True):
-        assert f"--{name.replace('_', '-')}" in shown
-        assert "".join(text.split()) in shown, name
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+def test_help_begins_with_a_description_and_has_the_groups_of_the_source(monkeypatch, capsys):
+    """An example, who Burda and Machado are, and every argument below the heading that it has in the source."""
+    shown = help_text(monkeypatch, capsys)
+    assert max(map(len, shown.splitlines())) <= 80
+    description = " ".join(shown[: shown.index("--exp-name")].split())
+    assert "PPO with Random Network Distillation" in description
+    assert "python rnd_ppo_atari.py --num-envs 128 --resume auto" in description
+    assert '"Burda" is Burda et al. 2018' in description
+    assert '"Machado" is Machado et al. 2018' in description
+    source = inspect.getsource(Args)
+    headings = re.findall(r"# --- (.*)", source)
+    assert len(headings) == 5
+    found = re.findall(rf"^({'|'.join(map(re.escape, headings))})$|^  --([a-z-]+)", shown, re.M)
+    expected = re.findall(r"# --- (.*)|^    (\w+):", source, re.M)
+    assert found == [(heading, name.replace("_", "-")) for heading, name in expected]
 
 
 def test_every_hyperparameter_names_its_source():

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -20,14 +19,14 @@ import torch
 from conftest import ROOT
 from gymnasium.wrappers import AtariPreprocessing
 
-from rnd_ppo_atari import Env, Rollout, VectorEnv, collect, make_game
+from rnd_ppo_atari import Env, Game, Rollout, VectorEnv, collect
 
 MONTEZUMA, INVADERS, BREAKOUT = "ALE/MontezumaRevenge-v5", "ALE/SpaceInvaders-v5", "ALE/Breakout-v5"
 
 
 @pytest.fixture(autouse=True)
 def no_test_hangs():
-    """The mistakes looked for here are those that make a main process wait for ever."""
+    """The mistakes looked for here are those that make a main process wait forever."""
 
     def late(*_):
         raise TimeoutError("the test hangs")
@@ -63,14 +62,14 @@ def test_frames_and_rewards_are_those_of_gymnasiums_preprocessing(game):
     reference.reset()
     expected, _ = reference.reset()
     np.testing.assert_array_equal(frame, expected)
-    assert reference.action_space.n == len(env.actions)
+    assert reference.action_space.n == len(env.game.actions)
 
-    actions = np.random.default_rng(0).integers(len(env.actions), size=500)
+    actions = np.random.default_rng(0).integers(len(env.game.actions), size=500)
     ends, scores, seen = 0, 0, set()
     for action in actions:
-        reward, done, info = env.step(int(action), frame)
+        reward, done, summary = env.step(int(action), frame)
         expected, expected_reward, terminated, _, _ = reference.step(int(action))
-        assert (reward, done, info is not None) == (expected_reward, terminated, terminated)
+        assert (reward, done, summary is not None) == (expected_reward, terminated, terminated)
         if done:
             env.reset(frame)
             expected, _ = reference.reset()
@@ -83,56 +82,55 @@ def test_frames_and_rewards_are_those_of_gymnasiums_preprocessing(game):
 
 
 def test_gray_of_every_color_of_many_games():
-    """Where Env looks grays up, they are those of ALE's own gray screen; where the screen has another height, it does
-    not. Pacman's has."""
+    """Where grays are looked up, they are those of ALE's own gray screen. A screen of another height, as in Pacman, may
+    have other colors: ALE makes it gray."""
     games = {spec.kwargs["game"]: name for name, spec in gym.registry.items() if "AtariEnv" in str(spec.entry_point)}
     with_palette = 0
     for env_id in sorted(games.values())[::4]:
-        game, palette, *_ = make_game(env_id, 0)
-        if palette is None:
+        game = Game(env_id, 0)
+        if game.palette is None:
             continue
         with_palette += 1
-        rng, actions = np.random.default_rng(0), game.getMinimalActionSet()
-        for t in range(60):
-            game.act(actions[rng.integers(len(actions))])
+        for t, action in enumerate(np.random.default_rng(0).integers(len(game.actions), size=60)):
+            game.act(action)
             if t % 10 == 0:
-                np.testing.assert_array_equal(palette[game.getScreen()], game.getScreenGrayscale())
+                np.testing.assert_array_equal(game.palette[game.ale.getScreen()], game.ale.getScreenGrayscale())
     assert with_palette > 15
-    assert make_game("ALE/Pacman-v5", 0)[1] is None
+    assert Game("ALE/Pacman-v5", 0).palette is None
 
 
 def test_a_lost_life_is_not_an_end():
     """Episodes that end with a life would cut Montezuma's Revenge after the first fall. Breakout has five lives."""
     env, frame, lives = Env(BREAKOUT, sticky_action_prob=0.0), blank(), [5]
     for t in range(1000):
-        _, done, info = env.step(t % 2, frame)  # no-op, fire
-        lives.append(env.game.lives())
+        _, done, summary = env.step(t % 2, frame)  # no-op, fire
+        lives.append(env.game.ale.lives())
         if done:
             break
     assert sorted(set(lives)) == [0, 1, 2, 3, 4, 5]
     assert lives[-2] > 0
-    assert info["stats"]["episodic_length"] == len(lives) - 1
+    assert summary["stats"]["episodic_length"] == len(lives) - 1
 
 
 @pytest.mark.parametrize("game", ["Gravitar", "MontezumaRevenge", "Pitfall", "Venture"])
 def test_a_kept_beginning_is_where_every_reset_leads(game):
-    """Of these games Env resets the emulator once. Another emulator, with another seed, that is reset for each episode
+    """In these games the emulator is reset once. Another emulator, with another seed, that is reset for each episode
     shows the same frames and has the same RAM ever after."""
     env, frame, first = Env(f"ALE/{game}-v5", sticky_action_prob=0.0), blank(), blank()
     env.reset(first)
-    assert env.beginning
-    other, *_ = make_game(f"ALE/{game}-v5", 99)
+    assert env.game.start
+    other = Game(f"ALE/{game}-v5", 99).ale
     rng, seen = np.random.default_rng(0), set()
     for _ in range(5):
         env.reset(frame)
         other.reset_game()
         np.testing.assert_array_equal(frame, first)
-        for action in rng.integers(len(env.actions), size=100):
+        for action in rng.integers(len(env.game.actions), size=100):
             reward, done, _ = env.step(int(action), frame)
-            assert reward == sum(other.act(env.actions[action]) for _ in range(4))
-            np.testing.assert_array_equal(env.game.getScreen(), other.getScreen())
-            np.testing.assert_array_equal(env.game.getRAM(), other.getRAM())
-            assert (done, env.game.lives()) == (other.game_over(), other.lives())
+            assert reward == sum(other.act(env.game.actions[action]) for _ in range(4))
+            np.testing.assert_array_equal(env.game.ale.getScreen(), other.getScreen())
+            np.testing.assert_array_equal(env.game.ale.getRAM(), other.getRAM())
+            assert (done, env.game.ale.lives()) == (other.game_over(), other.lives())
             seen.add(other.getScreen().tobytes())
             if done:
                 break
@@ -143,9 +141,9 @@ def test_a_game_with_a_random_beginning_is_reset_for_every_episode():
     env, rams = Env("ALE/Solaris-v5"), set()
     for _ in range(5):
         env.reset(blank())
-        rams.add(env.game.getRAM().tobytes())
+        rams.add(env.game.ale.getRAM().tobytes())
     assert len(rams) > 1
-    assert not env.beginning
+    assert not env.game.start
 
 
 def test_a_montezuma_episode_of_noops_ends_at_exactly_4500_steps():
@@ -153,31 +151,35 @@ def test_a_montezuma_episode_of_noops_ends_at_exactly_4500_steps():
     env, frame = Env(MONTEZUMA), blank()
     results = [env.step(0, frame) for _ in range(4500)]
     assert [done for _, done, _ in results] == [False] * 4499 + [True]
-    assert [info for _, _, info in results[:-1]] == [None] * 4499
+    assert [summary for _, _, summary in results[:-1]] == [None] * 4499
     stats = dict(episodic_return=0.0, episodic_length=4500, rooms=1)
-    assert results[-1][2] == dict(env=0, stats=stats, places={1: 4500}, executed=bytes(18_000))
+    assert results[-1][2] == dict(env=0, stats=stats, visits={1: 4500}, executed=bytes(18_000))
 
 
 @pytest.mark.parametrize("game, byte", [("MontezumaRevenge", 3), ("Pitfall", 1)])
 def test_rooms_are_counted_by_the_room_byte_of_the_ram(game, byte):
-    """`places` says for how many steps the player was in which room of this episode, and starts anew at a reset."""
+    """`visits` says for how many steps the player was in which room of this episode, and starts anew at a reset."""
     env, frame = Env(f"ALE/{game}-v5", max_episode_steps=5), blank()
-    start = int(env.game.getRAM()[byte])
+    start = int(env.game.ale.getRAM()[byte])
+    assert env.room == start
     env.step(0, frame)
     env.step(0, frame)
-    env.game.setRAM(byte, 7)
-    *_, (_, done, info) = [env.step(0, frame) for _ in range(3)]
+    env.game.ale.setRAM(byte, 7)
+    *_, (_, done, summary) = [env.step(0, frame) for _ in range(3)]
     assert done
-    assert info["places"] == {start: 2, 7: 3}
+    assert env.room == 7
+    assert summary["visits"] == {start: 2, 7: 3}
     env.reset(frame)
+    assert env.room == start
     *_, (_, _, again) = [env.step(0, frame) for _ in range(5)]
-    assert again["places"] == {start: 5}
-    assert info["places"] == {start: 2, 7: 3}
+    assert again["visits"] == {start: 5}
+    assert summary["visits"] == {start: 2, 7: 3}
 
 
-def test_a_game_without_known_rooms_has_no_places():
+def test_a_game_without_known_rooms_has_no_visits():
     env = Env(BREAKOUT, max_episode_steps=1)
-    assert env.step(0, blank())[2]["places"] == {}
+    assert env.step(0, blank())[2]["visits"] == {}
+    assert env.room is None
 
 
 # --- Sticky actions ---
@@ -185,10 +187,10 @@ def test_a_game_without_known_rooms_has_no_places():
 
 def executed_actions(env):
     """From now on the game stands still, and the action of every frame that would have run is in the list returned."""
-    executed, order = [], list(env.actions)
-    act = lambda action: executed.append(order.index(action)) or 0.0  # noqa: E731
-    env.game = SimpleNamespace(act=act, game_over=lambda: False, getScreenGrayscale=lambda out: None)
-    env.game.restoreState = lambda state: None
+    executed = []
+    env.game.act = lambda action: executed.append(action) or 0.0
+    env.game.over = lambda: False
+    env.game.draw = lambda screen: None
     return executed
 
 
@@ -261,15 +263,15 @@ def plain_loop():
         env.reset(frame)
     first = frames.copy()
     for row in actions:
-        rewards, dones, infos = [], [], []
+        rewards, dones, episodes = [], [], []
         for env, action, frame in zip(envs, row, frames, strict=True):
-            reward, done, info = env.step(int(action), frame)
+            reward, done, summary = env.step(int(action), frame)
             if done:  # same-step reset: the frame is the new episode's first
                 env.reset(frame)
-                infos.append(info)
+                episodes.append(summary)
             rewards.append(reward)
             dones.append(done)
-        results.append((frames.copy(), np.array(rewards), np.array(dones), infos))
+        results.append((frames.copy(), np.array(rewards), np.array(dones), episodes))
     return actions, first, results
 
 
@@ -287,9 +289,8 @@ def test_results_depend_on_neither_workers_nor_groups(plain_loop, workers, group
     envs = VectorEnv(INVADERS, 5, num_workers=workers, num_groups=groups, **OPTIONS)
     try:
         assert len(envs.workers) == min(workers, 5)
-        shares = np.array([[len(share) for share in mine] for _, _, mine in envs.workers])
+        shares = np.array([[len(share) for share in part] for _, _, part in envs.workers])
         assert np.ptp(shares, axis=0).max() <= 1  # each group keeps all workers busy
-        assert np.ptp(shares.sum(1)) <= 1
         assert [i for group in envs.groups for i in range(5)[group]] == list(range(5))
         assert envs.num_actions == 6
         np.testing.assert_array_equal(envs.reset(), first)
@@ -297,20 +298,22 @@ def test_results_depend_on_neither_workers_nor_groups(plain_loop, workers, group
         # The other half in the order of the training loop: one group steps while others are waited for.
         received = []
         for t, row in enumerate(actions[STEPS // 2 :]):
-            for g, here in enumerate(envs.groups):
+            for g, members in enumerate(envs.groups):
                 if t > 0:
                     received.append(copy.deepcopy(envs.recv(g)))
-                envs.send(g, row[here])
+                envs.send(g, row[members])
         received += [copy.deepcopy(envs.recv(g)) for g in range(len(envs.groups))]
         for t in range(STEPS - STEPS // 2):
             parts = received[t * len(envs.groups) : (t + 1) * len(envs.groups)]
-            frames, rewards, dones, infos = zip(*parts, strict=True)
-            results.append((*map(np.concatenate, (frames, rewards, dones)), [info for part in infos for info in part]))
+            frames, rewards, dones, ended = zip(*parts, strict=True)
+            results.append(
+                (*map(np.concatenate, (frames, rewards, dones)), [episode for part in ended for episode in part])
+            )
         assert_equal_steps(results, expected)
     finally:
         envs.close()
     assert any((rewards > 1).any() for _, rewards, _, _ in results)  # unclipped
-    assert sum(len(infos) for *_, infos in results) == 5 * (STEPS // 60)
+    assert sum(len(episodes) for *_, episodes in results) == 5 * (STEPS // 60)
 
 
 def test_the_environments_of_a_second_process_are_others():
@@ -324,12 +327,12 @@ def test_the_environments_of_a_second_process_are_others():
         finally:
             envs.close()
         frames[first] = np.stack([frame for frame, *_ in results])
-        assert {info["env"] for *_, infos in results for info in infos} == set(range(first, first + count))
+        assert {episode["env"] for *_, episodes in results for episode in episodes} == set(range(first, first + count))
     np.testing.assert_array_equal(frames[2], frames[0][:, 2:])
     assert (frames[0][:, 0] != frames[0][:, 2]).any()
 
 
-def test_rollouts_hold_signs_and_infos_hold_the_score():
+def test_rollouts_hold_signs_and_episodes_hold_the_score():
     """A score made of clipped rewards cannot be compared with anything; unclipped rewards would not train."""
     envs = VectorEnv(INVADERS, 4, num_workers=1, max_episode_steps=60)
     raw, recv = np.zeros((180, 4), np.float32), envs.recv
@@ -350,15 +353,16 @@ def test_rollouts_hold_signs_and_infos_hold_the_score():
 
     try:
         rollout = Rollout(180, 4)
-        rollout.start(envs.reset())
+        rollout.start_episodes(envs.reset())
         torch.manual_seed(0)
-        infos = collect(Uniform(), envs, rollout)
+        episodes = collect(Uniform(), envs, rollout)
     finally:
         envs.close()
     np.testing.assert_array_equal(rollout.rewards, np.sign(raw))
     assert raw.max() > 1
     expected = [(60 * k + 59, i, raw[60 * k : 60 * k + 60, i].sum()) for k in range(3) for i in range(4)]
-    assert sorted((info["step"], info["env"], info["stats"]["episodic_return"]) for info in infos) == expected
+    found = [(episode["t"], episode["env"], episode["stats"]["episodic_return"]) for episode in episodes]
+    assert sorted(found) == expected
     assert [(t, i) for t, i in zip(*np.nonzero(rollout.dones), strict=True)] == [(t, i) for t, i, _ in expected]
 
 
@@ -389,27 +393,28 @@ def test_a_saved_state_goes_on_identically_in_other_processes():
         assert_equal_steps([others.step(row) for row in actions[50:]], expected)
     finally:
         others.close()
-    infos = [info for *_, infos in expected for info in infos]
-    assert len(infos) == 10
+    episodes = [episode for *_, ended in expected for episode in ended]
+    assert len(episodes) == 10
     later = sum(rewards for _, rewards, _, _ in expected[:10])
     # Some points are from before.
-    assert any(info["stats"]["episodic_return"] > later[info["env"]] for info in infos[:5])
+    assert any(episode["stats"]["episodic_return"] > later[episode["env"]] for episode in episodes[:5])
 
 
 def test_the_state_knows_the_action_that_sticks_and_the_rooms():
     env, other, frame = Env(MONTEZUMA, sticky_action_prob=1.0), Env(MONTEZUMA, sticky_action_prob=1.0), blank()
-    env.action = 5
-    env.game.setRAM(3, 7)
+    env.last_action = 5
+    env.game.ale.setRAM(3, 7)
     env.step(9, frame)
     state = env.get_state()
     env.step(9, frame)
     other.set_state(state)
-    assert other.places == {7: 1}
+    assert other.visits == {7: 1}
+    assert other.room == 7
     executed = executed_actions(other)
     other.step(9, frame)
     assert executed == [5] * 4
-    assert env.places == other.places == {7: 2}
-    assert state["places"] == {7: 1}
+    assert env.visits == other.visits == {7: 2}
+    assert state["visits"] == {7: 1}
 
 
 # --- Processes that end ---
@@ -447,7 +452,7 @@ def test_a_worker_that_raises_is_reported_with_its_traceback():
     envs = VectorEnv(MONTEZUMA, 2, num_workers=2)
     try:
         with pytest.raises(RuntimeError, match=r"(?s)worker \d.*IndexError"):
-            envs.step(np.array([0, 18]))  # there are 18 actions
+            envs.step(np.array([0, 99]))
     finally:
         envs.close()
 

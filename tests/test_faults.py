@@ -289,7 +289,7 @@ def test_directory_gone_while_saving(start, uninterrupted):
 
 def test_event_file_unwritable_later(start, resume):
     """No file may grow beyond what the event file has: a warning, and training goes on without TensorBoard. When the
-    next save is due it has TensorBoard again, and so has the run when it is resumed: only the curves between are lost."""
+    next save is due, and when the run is resumed, it has TensorBoard again: only the curves between are lost."""
     run = start(f"{QUICK} --total-rollouts 6", fault=(gates, 3, 5))
     with run.at_gate(3):
         [events] = run.directory.glob("events.out.tfevents.*")

@@ -287,6 +287,16 @@ def test_best_records_the_episode_with_the_highest_return(loaded, tmp_path, caps
     assert len(video(tmp_path / "a.mp4")[0]) == 240
 
 
+def test_best_of_equal_returns_is_the_episode_with_the_most_rooms(loaded, monkeypatch):
+    """In Mario, where most episodes return 0, the one that comes furthest."""
+    script, state = loaded
+    monkeypatch.setattr(script.Game, "room", lambda game: game.ale.getRAM()[42] // 8)  # of other places: how far right
+    args = watch.checked_args(script, state, max_episode_steps=STEPS, seed=1)
+    rooms = [len({step.room for step in play(loaded, i, stride=0)}) for i in range(4)]
+    assert len(set(rooms)) > 1
+    assert watch.best_episode(script, watch.load_networks(script, state), args, 4) == np.argmax(rooms)
+
+
 def test_an_episode_can_be_played_again(loaded):
     """--best relies on it."""
     a, b, other = (play(loaded, index, stride=0, max_episode_steps=40) for index in (3, 3, 4))

@@ -309,7 +309,7 @@ class Strip:
         rows = math.ceil(numbers / columns)
         self.columns = math.ceil(numbers / rows)
         self.text_height, number_height = (sum(kind.getmetrics()) for kind in (self.text, self.number))
-        self.row_height = self.text_height + number_height + round(4 * self.unit)
+        self.row_height = self.text_height + number_height + 4
         self.left, self.right = self.margin, self.width - self.margin
         self.room_size = round(18 * self.unit), round(16 * self.unit)
         plot_height = 16  # marks only
@@ -625,13 +625,13 @@ def record_videos(cli: argparse.Namespace, script: ModuleType, state: dict) -> N
 
 
 def best_episode(script: ModuleType, networks: tuple, args: Any, episodes: int) -> int:
-    """The number of the episode with the highest return."""
-    returns = []
+    """The number of the episode with the highest return; of equal ones, that with the most rooms."""
+    scores = []
     for i in tqdm(range(episodes), "episodes", leave=False, disable=None):
-        *_, last = play(script, networks, args, i, stride=0)
-        returns.append(last.score)
-    print("returns:", *(f"{value:.10g}" for value in returns))
-    return int(np.argmax(returns))
+        steps = list(play(script, networks, args, i, stride=0))
+        scores.append((steps[-1].score, len({step.room for step in steps})))
+    print("returns:", *(f"{score:.10g}" for score, _ in scores))
+    return scores.index(max(scores))
 
 
 def report(path: Path, name: str, last: Step) -> None:
