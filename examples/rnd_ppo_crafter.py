@@ -36,6 +36,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from dataclasses import dataclass, field, fields
@@ -191,8 +192,7 @@ class Game:
         # Crafter draws lots from sets of objects. With equal hashes their order no longer depends on memory addresses.
         crafter.objects.Object.__hash__ = lambda _: 0
         self.actions = self.env.action_names
-        self.noop = self.actions.index("noop")
-        self.shape, self.palette = (84, 84), None
+        self.noop, self.shape, self.palette = self.actions.index("noop"), (84, 84), None
         self.world = seed
 
     def reset(self, screen: np.ndarray) -> None:
@@ -224,7 +224,7 @@ class Game:
         return {f"episodic_{name}": times > 0 for name, times in self.env._player.achievements.items()}
 
     def get_state(self) -> bytes:
-        """The state of the emulator, for a checkpoint: the world's number and the actions, which are played again."""
+        """The state of the emulator, for a checkpoint."""
         return self.world.to_bytes(8, "big") + self.executed
 
     def set_state(self, state: bytes) -> None:
@@ -232,7 +232,7 @@ class Game:
         self.world, self.executed, self.dead = int.from_bytes(state[:8], "big"), bytearray(), False
         self.env._seed, self.env._episode = self.world, 0
         self.rgb = self.env.reset()
-        for action in state[8:]:
+        for action in state[8:]:  # played again
             self.act(action)
 
 
@@ -287,7 +287,7 @@ class Env:
         self.episode_return += reward
         self.room = self.game.room()
         if self.room is not None:
-            self.visits[int(self.room)] = self.visits.get(int(self.room), 0) + 1
+            self.visits[int(self.room)] = self.visits.get(self.room, 0) + 1
         done = over or self.steps >= self.max_episode_steps
         return reward, done, self.summary() if done else None
 
@@ -305,11 +305,8 @@ class Env:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from what `get_state` returned."""
-        self.last_action, self.steps, self.episode_return = (
-            state["last_action"],
-            state["steps"],
-            state["episode_return"],
-        )
+        for name in ("last_action", "steps", "episode_return"):
+            setattr(self, name, state[name])
         self.visits, self.executed = dict(state["visits"]), bytearray(state["executed"], "ascii")
         self.rng.bit_generator.state = state["rng"]
         self.game.set_state(state["game"])
@@ -987,7 +984,12 @@ class Run:
             import wandb
 
             name, config = re.sub(r"[^\w.-]", "-", self.dir.name)[-128:], reported_args(self.args)
-            wandb.init(project="rnd-ppo", name=name, id=name, resume="allow", sync_tensorboard=True, config=config)
+            try:
+                wandb.init(project="rnd-ppo", name=name, id=name, resume="allow", sync_tensorboard=True, config=config)
+            except Exception as error:  # not logged in, no network, ...
+                self.lock.release()
+                reason = str(error).partition("\n")[0]
+                raise UsageError(f"--track: expected Weights & Biases, got: {reason}; try WANDB_MODE=offline") from None
         return self
 
     def describe(self) -> None:
@@ -1004,8 +1006,9 @@ class Run:
             say("warning: --anneal ends at another --total-rollouts than before, so the learning rate jumps")
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        with contextlib.suppress(OSError):  # the terminal is gone
+            if self.bar is not None:
+                self.bar.close()
         if RANK == 0:
             if kind and kind is not FloatingPointError and self.latest:
                 try:
@@ -1023,15 +1026,15 @@ class Run:
             dist.destroy_process_group()
 
     def say_what_next(self) -> None:
-        if not self.latest:
-            say(f"stopped before the first rollout: nothing saved in {self.dir}")
+        if not self.latest or not self.path:
+            say(f"stopped before the first save: nothing to continue in {self.dir}")
             return
         script = Path(__file__).name
-        say(f"saved {self.path}\nRUN={self.dir}")
-        say(f"python {script} --resume $RUN                 # continue")
-        say(f"python {script} --play $RUN                   # evaluate")
-        say("tensorboard --logdir $RUN                              # curves")
-        say("python tools/watch.py $RUN --video out.mp4             # video")
+        say(f"saved {self.path}\nRUN='{self.dir}'")
+        say(f'python {script} --resume "$RUN"               # continue')
+        say(f'python {script} --play "$RUN"                 # evaluate')
+        say('tensorboard --logdir "$RUN"                            # curves')
+        say('python tools/watch.py "$RUN" --video out.mp4           # video')
 
     def phase(self, name: str) -> None:
         """Stop the clock of the last phase and start that of this one."""
@@ -1126,7 +1129,7 @@ class Run:
 
     def keep(self, state: dict) -> None:
         """Keep the state after a rollout, in case training ends early, and save it when it is due."""
-        self.latest = state | dict(run=self.dir.name)
+        self.latest = state | dict(run=self.dir.resolve().name)
         if RANK > 0 or not self.due:
             return
         try:
@@ -1244,11 +1247,11 @@ class Session:
 
 def check_plain(value: Any, key: str) -> None:
     """Raise UsageError, naming the key, for what `load_checkpoint` would refuse."""
-    if isinstance(value, dict):
+    if type(value).__name__ in ("dict", "OrderedDict"):
         for name, item in value.items():
             check_plain(name, f"a key of {key}")
             check_plain(item, f"{key}[{name!r}]")
-    elif isinstance(value, list | tuple):
+    elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             check_plain(item, f"{key}[{i}]")
     elif value is not None and type(value) not in (bool, int, float, str, bytes, torch.Tensor):
@@ -1279,7 +1282,7 @@ def load_checkpoint(path: str | Path) -> tuple[Path, dict]:
     Raises UsageError with the reason why it cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         for newest in reversed(checkpoints(path)):
             try:
                 return load_checkpoint(newest)
@@ -1305,7 +1308,7 @@ def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
     found = []
     for path in run.iterdir():
-        match = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
+        match = re.fullmatch(r"checkpoint_(\d{6}|[1-9]\d{6,})\.pt", path.name)  # a user's copies have other names
         if match:
             found.append((int(match[1]), path))
     return [path for _, path in sorted(found)]
@@ -1314,7 +1317,7 @@ def checkpoints(run: Path) -> list[Path]:
 def is_newest(path: Path, state: Any) -> bool:
     """Whether a checkpoint is the newest of the run whose directory it lies in, and that can be written to."""
     run = path.parent
-    return state["run"] == run.name and path == checkpoints(run)[-1] and os.access(run, os.W_OK)
+    return state["run"] == run.resolve().name and [path] == checkpoints(run)[-1:] and os.access(run, os.W_OK)
 
 
 def saved_args(state: dict) -> dict[str, Any]:
@@ -1349,9 +1352,10 @@ def find_checkpoint(args: Args) -> tuple[Path, dict] | tuple[None, None]:
         check_resumable(args, path, state)
         return path, state
     times, problem = {}, None
-    for run in Path(args.run_dir).iterdir() if Path(args.run_dir).is_dir() else ():
-        if run.name.startswith(run_prefix(args)) and run.is_dir() and checkpoints(run):
-            times[run] = checkpoints(run)[-1].stat().st_mtime
+    for run in Path(args.run_dir).iterdir() if os.path.isdir(args.run_dir) else ():
+        with contextlib.suppress(OSError):  # the folder of another user
+            if run.name.startswith(run_prefix(args)) and run.is_dir() and checkpoints(run):
+                times[run] = checkpoints(run)[-1].stat().st_mtime
     for run in sorted(times, key=times.__getitem__, reverse=True):  # the newest checkpoint first
         try:
             path, state = load_checkpoint(run)
@@ -1470,9 +1474,7 @@ def check_args(args: Args) -> None:
     require(0 <= args.seed < 2**32, "seed", "a number from 0 to 4294967295")
     share, blocks = args.predictor_proportion, args.num_minibatches
     require(share == -1 or 0 < share <= 1, "predictor_proportion", "a number above 0 and up to 1, or -1")
-    require(
-        args.num_envs % blocks == 0, "num_envs", f"a multiple of --num-minibatches {blocks}, whole environments each"
-    )
+    require(args.num_envs % blocks == 0, "num_envs", f"a multiple of --num-minibatches, {blocks}")
     samples = args.num_envs // blocks * args.num_steps
     require(not args.norm_adv or samples > 1, "norm_adv", "minibatches of two samples or more")
     require(args.device != "cuda" or torch.cuda.is_available(), "device", "auto or cpu, as torch finds no CUDA device")
@@ -1482,12 +1484,12 @@ def check_args(args: Args) -> None:
     for name in ("episodes", "greedy", "render", "json") if not args.play else ():
         require(getattr(args, name) == getattr(Args, name), name, "--play with it")
     report = Path(args.json).absolute()
-    writable = not report.is_dir() and os.access(report.parent, os.W_OK)
+    writable = not os.path.isdir(report) and os.access(report if os.path.exists(report) else report.parent, os.W_OK)
     require(not args.json or writable, "json", "a file that can be written")
     display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
     require(not args.render or bool(display), "render", "a display; record a video with tools/watch.py instead")
-    if PROCESSES > 1 and "MASTER_ADDR" not in os.environ:
-        raise UsageError(f"WORLD_SIZE: expected torchrun to set it, got {PROCESSES} without; unset it or use torchrun")
+    if (PROCESSES > 1 or RANK > 0) and "MASTER_ADDR" not in os.environ:
+        raise UsageError(f"RANK {RANK}, WORLD_SIZE {PROCESSES}: expected torchrun to set them; use it or unset them")
     Game.check(args)
 
 
@@ -1544,8 +1546,8 @@ def print_help() -> None:
     lines = text.getvalue().splitlines()
     for group, name in re.findall(r"# --- (.*)\n *(\w+):", inspect.getsource(Args)):
         first = next(i for i, line in enumerate(lines) if f" --{name.replace('_', '-')} " in line)
-        lines.insert(first, f"\n{group}")
-    print("\n".join(lines))
+        lines[first:first] = ["", group]
+    print("\n".join(line if line.startswith(" ") else textwrap.fill(line, 80) for line in lines))
 
 
 def main() -> int:
