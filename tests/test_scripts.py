@@ -20,6 +20,13 @@ VARIANTS = {
         lines=90, hunks=12, varying={"Args", "Agent", "Rollout", "collect", "play_episode", "train"}
     ),
     "rnd_ppo_mario": dict(lines=170, hunks=8, varying={"Args", "Game"}),
+    "rnd_ppo_minigrid": dict(lines=90, hunks=5, varying={"Args", "Game"}),
+    "rnd_ppo_crafter": dict(lines=90, hunks=6, varying={"Args", "Game"}),
+}
+PACKAGES = {
+    "rnd_ppo_mario": ("stable_retro", "gym_super_mario_bros"),
+    "rnd_ppo_minigrid": ("minigrid",),
+    "rnd_ppo_crafter": ("crafter",),
 }
 SCRIPTS = [BASE, *VARIANTS]
 # Below the line stands what users need besides the algorithm: it may be longer, but not denser.
@@ -40,7 +47,8 @@ SECTIONS = [
 
 
 def source(name: str) -> str:
-    return (ROOT / f"{name}.py").read_text()
+    [path] = (path for path in (ROOT / f"{name}.py", ROOT / "examples" / f"{name}.py") if path.exists())
+    return path.read_text()
 
 
 def definitions(name: str) -> dict[str, str]:
@@ -149,8 +157,8 @@ def test_stored_diff_is_fresh(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_copy_trains_alone(name, tmp_path):
     """The script in an empty directory, with fastops installed, trains two rollouts of the real game and plays."""
-    if name == "rnd_ppo_mario" and not all(map(find_spec, ("stable_retro", "gym_super_mario_bros"))):
-        pytest.skip("needs stable-retro and gym-super-mario-bros")
+    if missing := [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]:
+        pytest.skip(f"needs {', '.join(missing)}")
     (tmp_path / f"{name}.py").write_text(source(name))
     small = ["--num-envs=4", "--num-steps=8", "--obs-norm-rollouts=1", "--total-rollouts=2"]
     env = dict(os.environ, OMP_NUM_THREADS="1")
