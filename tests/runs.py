@@ -46,7 +46,7 @@ QUICK = f"{GAME} {LEARN} {OFTEN} --total-rollouts {LENGTH} --run-dir runs --resu
 PARTS = {"agent", "rnd", "optimizer", "ranks", "progress", "args", "run"}
 # The noise generator of the NES is heard, not seen; it depends on which environments share a console. Its emulator
 # does not clear the working memory of a cartridge, of which Super Mario Bros. has none.
-NES_NOISE = rb"NREG\x02\0\0\0..|WRAM\0 \0\0.{8192}"
+UNSEEN = rb"NREG\x02\0\0\0..|WRAM\0 \0\0.{8192}"
 TIMING = ("time/", "charts/SPS")  # the only tags that may differ between two runs
 
 GONE = 2.0  # seconds after which the workers of a killed process are gone
