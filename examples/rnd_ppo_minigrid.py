@@ -1517,7 +1517,7 @@ def start_device(args: Args, envs: VectorEnv) -> tuple[torch.device, bool]:
 def stop(number: int, _: object) -> None:
     """Leave `train`, which saves; a second signal ends the process at once."""
     for other in SIGNALS:
-        signal.signal(other, signal.SIG_DFL)
+        signal.signal(other, signal.SIG_IGN if PROCESSES > 1 else signal.SIG_DFL)  # torchrun repeats the first
     raise SystemExit(128 + number)
 
 
