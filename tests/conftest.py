@@ -23,9 +23,9 @@ SCRIPT = ROOT / "rnd_ppo_atari.py"
 SMALL = "--num-envs 8 --num-steps 16 --obs-norm-rollouts 1 --max-episode-steps 20 --device cpu"
 
 
-def run_script(arguments, cwd, check=True):
+def run_script(arguments, cwd, check=True, script=SCRIPT):
     """`python rnd_ppo_atari.py ARGUMENTS` in the directory `cwd`."""
-    command = [sys.executable, str(SCRIPT), *arguments.split()]
+    command = [sys.executable, str(script), *arguments.split()]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr

@@ -7,6 +7,7 @@ which its workers inherit: nothing of it may stay behind.
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -15,11 +16,14 @@ import itertools
 import math
 import multiprocessing
 import os
+import pty
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -61,7 +65,7 @@ def fork(cwd, name, arguments, fault, outputs):
     os.setsid()
     os.chdir(cwd)
     for fd, path in enumerate(outputs, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), fd)
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), fd)  # opened for reading too, a terminal controls the session
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     script = importlib.import_module(name)
     sys.argv = [f"{name}.py", *arguments.split()]
@@ -92,29 +96,56 @@ def unused(names):
     return [name for name in names if name not in maps]
 
 
+class Terminal:
+    """A terminal of so many columns. It becomes the controlling terminal of the run that is started in it."""
+
+    def __init__(self, columns):
+        self.master, self.slave = pty.openpty()
+        os.set_blocking(self.master, False)
+        self.path = os.ttyname(self.slave)
+        self.text = ""
+        self.resize(columns)
+
+    def resize(self, columns):
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def shown(self):
+        """All that was written to it. To be called often: what is written waits when nobody reads."""
+        with contextlib.suppress(OSError):  # there is no more, or it is gone
+            while data := os.read(self.master, 2**16):
+                self.text += data.decode()
+        return self.text
+
+    def hang_up(self):
+        os.close(self.slave)
+        os.close(self.master)
+
+
 class Run:
     """A run of the script `name` in the directory `cwd`: forked, or started by `command`.
 
     `fault`: one of the functions below and its arguments; called in a forked run before it starts, to break something
-    inside. `log`: the name of the files that take the output.
+    inside. `log`: the name of the files that take the output; or `terminal`, which takes all of it.
     """
 
-    def __init__(self, cwd, arguments, *, name=BASE, fault=(), command="", log="run"):
+    def __init__(self, cwd, arguments, *, name=BASE, fault=(), command="", log="run", terminal=None):
         self.cwd, self.memory = Path(cwd), set(os.listdir("/dev/shm"))
         self.script = importlib.import_module(name)
         self.outputs = [self.cwd / f"{log}.stdout", self.cwd / f"{log}.stderr"]
         for path in self.outputs:
             path.write_text("")
+        self.terminal = terminal
+        outputs = [terminal.path, terminal.path] if terminal else self.outputs
         if command:
             self.process = spawn(cwd, name, arguments, command, self.outputs)
         else:
-            self.process = SERVER.Process(target=fork, args=(cwd, name, arguments, fault, self.outputs))
+            self.process = SERVER.Process(target=fork, args=(cwd, name, arguments, fault, outputs))
             self.process.start()
         self.pid = self.process.pid
 
     # What it says
 
-    stdout = property(lambda self: self.outputs[0].read_text())
+    stdout = property(lambda self: self.terminal.shown() if self.terminal else self.outputs[0].read_text())
     stderr = property(lambda self: self.outputs[1].read_text())
     said = property(lambda self: f"{self.stdout}\n{self.stderr}")
 
@@ -346,7 +377,11 @@ SEAMS = {
     "update": "update",
     "minibatch": "minibatch",
     "loss": "losses",
+    "workers": "VectorEnv.__init__",
     "emulator": "Env.step",
+    "reward": "Game.act",
+    "room": "Game.room",
+    "game state": "Game.get_state",
     "curves": "torch.utils.tensorboard:SummaryWriter.add_scalar",
     "curves flushed": "torch.utils.tensorboard:SummaryWriter.flush",
     "snapshot": "Session.snapshot",
@@ -379,6 +414,61 @@ def die(script, seam, call, after=False):
         return result
 
     wrap(script, seam, hook)
+
+
+def raises(script, seam, call, error):
+    """This call of the function at `seam` raises the error."""
+
+    def hook(number, function, *args, **kwargs):
+        if number == call:
+            raise error
+        return function(*args, **kwargs)
+
+    wrap(script, seam, hook)
+
+
+def numpy_game(script):
+    """The game gives NumPy's numbers, as one's own environment may."""
+    wrap(script, "reward", lambda _, function, *args: np.float64(function(*args)))
+    wrap(script, "room", lambda _, function, *args: np.int64(function(*args)))
+
+
+def odd_game(script):
+    """The state of the game has a number of NumPy, which does not load without executing what is in the file."""
+    wrap(script, "game state", lambda _, function, *args: dict(ram=b"", clock=np.float64(1.5)))
+
+
+def few_files(script):
+    """As after `ulimit -n 40`."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+
+def reader_leaves(script, *streams):
+    """As with `| head`: after a rollout nobody reads these streams any more. And as with `nohup`, SIGHUP is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    reader, writer = os.pipe()
+    for stream in streams:
+        os.dup2(writer, stream)
+        setattr(sys, {1: "stdout", 2: "stderr"}[stream], os.fdopen(stream, "w", buffering=1, closefd=False))
+    os.close(writer)
+
+    def hook(number, update, *args, **kwargs):
+        if number == 1:
+            os.close(reader)
+            os.kill(os.getpid(), signal.SIGHUP)
+        return update(*args, **kwargs)
+
+    wrap(script, "update", hook)
+
+
+def tracking(script, mode, first=""):
+    """Weights & Biases in this mode, where nobody has logged in; before, a run with the arguments `first`."""
+    os.environ.pop("WANDB_API_KEY", None)
+    os.environ.update(WANDB_MODE=mode, WANDB_SILENT="true", HOME=os.getcwd())
+    if first:
+        arguments, sys.argv = sys.argv, [sys.argv[0], *first.split()]
+        assert script.main() == 0
+        sys.argv = arguments
 
 
 def unprivileged(script):

@@ -4,12 +4,18 @@ import contextlib
 import math
 import os
 import random
+import re
 import resource
 import signal
 import time
+from collections import Counter, OrderedDict, defaultdict
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from runs import (
     QUICK,
     assert_clean,
@@ -18,11 +24,19 @@ from runs import (
     checkpoint,
     curves,
     die,
+    differences,
+    few_files,
     gates,
     long_call,
     not_finite,
+    numpy_game,
+    odd_game,
+    raises,
+    reader_leaves,
     slow_disk,
 )
+
+import rnd_ppo_atari as script
 
 SOON = 10.0  # seconds from a signal, or the death of a worker, to the exit: a save and the end of all processes
 
@@ -195,14 +209,48 @@ def test_signal_with_a_full_disk(start):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_before_the_first_rollout(start, number):
     """There is nothing to save during the random play: it just ends, with the same exit code for the shell."""
-    run = start(f"{QUICK} --obs-norm-rollouts 100000", command="python")
+    run = start(f"{QUICK} --obs-norm-rollouts 100000")
     run.until_said("random play:")
     os.killpg(run.pid, number)
     code, took = run.wait(SOON)
     assert code == 128 + number and took < SOON
     run.nothing_left()
     assert "Traceback" not in run.stderr
-    assert "stopped before the first rollout: nothing saved in runs/" in run.stdout
+    assert "stopped before the first save: nothing to continue in runs/" in run.stdout
+
+
+def test_what_a_save_raises_at_a_signal_does_not_keep_the_run(start):
+    """Whatever it is, as when the environment's packages were removed: the line says so, and the run ends."""
+    run = start(QUIET, fault=(raises, "checkpoint", 2, ModuleNotFoundError("No module named 'gone'")))
+    run.until_rollout(3)
+    os.kill(run.pid, signal.SIGTERM)
+    run.ends(128 + signal.SIGTERM, SOON)
+    assert "warning: not saved: ModuleNotFoundError" in run.stdout
+    assert run.saved() == [0]
+
+
+@pytest.mark.slow
+def test_packages_removed_under_a_running_process(start, tmp_path, monkeypatch):
+    """Python finds its packages through a link that is removed. At a signal the run is saved all the same."""
+    packages = tmp_path / "packages"
+    packages.symlink_to(Path(torch.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", str(packages))
+    run = start(QUIET, command="python -S")
+    run.until_rollout(3)
+    packages.unlink()
+    os.kill(run.pid, signal.SIGTERM)
+    run.ends(128 + signal.SIGTERM, SOON)
+    assert "Traceback" not in run.said and "warning" not in run.said
+    [path] = run.offered
+    assert run.script.load_checkpoint(path)[1]["progress"]["iteration"] >= 2
+
+
+@pytest.mark.parametrize("streams", [(1,), (1, 2)], ids=["stdout", "both"])
+def test_a_reader_that_leaves_does_not_stop_the_run(start, uninterrupted, streams):
+    """`| head`, `2>&1 | head`, and a terminal that goes after `nohup`: the run goes on without a screen."""
+    run = start(f"{QUICK} --total-rollouts 4", fault=(reader_leaves, *streams))
+    run.ends()
+    assert_same_run(run, uninterrupted, 4)
 
 
 # --- Workers ---
@@ -248,6 +296,66 @@ def test_emulator_raises(start, resume, rollout):
     assert run.saved() == ([0, 2] if rollout else [])
     if rollout:
         resume(4, ignore=UNSAVED)
+
+
+def test_too_few_files_for_the_workers(start):
+    """`ulimit -n 40`: one line within seconds, and no worker stays."""
+    run = start(f"{QUICK} --num-envs 32 --num-workers 32", fault=(few_files,))
+    run.ends(1, SOON)
+    assert "\n" not in run.error() and "--num-workers" in run.error(), run.error()
+
+
+# --- What is saved ---
+
+
+def test_numbers_of_numpy_from_a_game_become_plain(start, uninterrupted):
+    run = start(f"{QUICK} --total-rollouts 4", fault=(numpy_game,))
+    run.ends()
+    assert_same_run(run, uninterrupted, 4)
+
+
+def test_what_cannot_be_loaded_is_refused_at_the_first_save(start):
+    """After the random play, not after a hundred rollouts. One line names the key."""
+    run = start(QUICK, fault=(odd_game,))
+    run.ends(2)
+    error = run.error()
+    assert "state['ranks'][0]['envs'][0]['game']['clock']: expected plain types" in error and "\n" not in error, error
+    assert run.saved() == [] and not run.resumed
+    assert_clean(run)
+
+
+class Pair(NamedTuple):
+    one: int
+    other: int
+
+
+UNPLAIN = [
+    np.float64(1),
+    np.int64(1),
+    np.bool_(True),
+    np.zeros(2),
+    {1},
+    Pair(1, 2),
+    Counter("a"),
+    defaultdict(int),
+    ...,
+]
+
+
+@pytest.mark.parametrize("value", UNPLAIN, ids=repr)
+def test_no_checkpoint_is_written_that_does_not_load(value, tmp_path):
+    """Where the value is: in a list in a dict."""
+    state = dict(format=script.FORMAT, script="rnd_ppo_atari", nest=OrderedDict(inner=[1, value]))
+    with pytest.raises(script.UsageError, match=re.escape("state['nest']['inner'][1]: expected plain types")):
+        script.save_checkpoint(state, tmp_path / "checkpoint.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_types_are_saved_and_loaded(tmp_path):
+    plain = [None, True, -(2**70), 0.1, math.inf, "é", b"\0\xff", (1, [2]), {3: {}, "a": ()}, torch.arange(3)]
+    state = dict(format=script.FORMAT, script="rnd_ppo_atari", nest=OrderedDict(inner=plain))
+    script.save_checkpoint(state, tmp_path / "checkpoint.pt")
+    assert differences(script.load_checkpoint(tmp_path / "checkpoint.pt")[1], state) == []
 
 
 # --- Disk ---

@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, last_checkpoint, run_script
+from conftest import ROOT, SCRIPT, SMALL, last_checkpoint, run_script
 from runs import assert_same_state, curves, differences, events, serialized, write_checkpoint
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -118,6 +118,18 @@ def test_the_same_seed_gives_the_same_run_whatever_the_workers(base_run, run_as_
     assert not left_behind
 
 
+def test_workers_that_are_spawned_do_the_same(base_run, tmp_path):
+    """As on systems other than Linux, where `fork` is missing or unsafe: a copy of the script does so here."""
+    fork, spawn = '"fork" if sys.platform == "linux" else "spawn"', '"spawn"'
+    text = SCRIPT.read_text("utf-8")
+    assert text.count(fork) == 1
+    copy = tmp_path / SCRIPT.name
+    copy.write_text(text.replace(fork, spawn), "utf-8")
+    how = "--total-rollouts 3 --num-workers 2 --int-return-filter forward"
+    run_script(f"{SMALL} {how}", tmp_path, script=copy)
+    assert_same_state(script, last_checkpoint(base_run[1]), last_checkpoint(tmp_path / "runs"))
+
+
 def test_another_seed_gives_another_run(base_run, tmp_path):
     """Other weights, other environments, other actions. Backward filter, other options at their defaults."""
     options = dict(num_envs=8, num_steps=16, obs_norm_rollouts=1, max_episode_steps=20, device="cpu", total_rollouts=1)
@@ -147,12 +159,13 @@ def test_resuming_a_finished_run_changes_nothing(base_run, run_as_function, tmp_
 
 
 def test_play_writes_a_report(base_run, tmp_path):
-    """With sticky actions and without, unclipped returns; the summary is that of the episodes; arguments that are not
-    given are those of the training, here episodes of at most 20 steps."""
+    """Of a run's newest checkpoint, with sticky actions and without: unclipped returns, and the summary is that of the
+    episodes. Arguments that are not given are those of the training, here episodes of at most 20 steps."""
     path = last_checkpoint(base_run[1])
-    done = run_script(f"--play {path} --episodes 3 --json report.json --device cpu", tmp_path)
+    done = run_script(f"--play {path.parent} --episodes 3 --json report.json --device cpu", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["sticky_action_prob"] for row in report["summary"]] == [0.25, 0]
+    assert report["checkpoint"] == str(path)
     assert report["env_id"] == "ALE/MontezumaRevenge-v5"
     assert len(report["episodes"]) == 6
     for row in report["summary"]:

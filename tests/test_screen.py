@@ -1,0 +1,68 @@
+"""What a run shows: on a terminal of 80 columns, before the emulators start, and at its end."""
+
+import re
+import shlex
+import signal
+
+from runs import QUICK, Terminal, die
+
+
+def bars(terminal, total):
+    """The states of the progress bar, oldest first."""
+    return [line for line in re.split(r"[\r\n]+", terminal.shown()) if re.match(rf"\d+/{total} return", line)]
+
+
+def test_a_terminal_of_80_columns_shows_bonus_and_entropy_and_may_be_resized_and_closed(start):
+    """The bar fits the terminal, also another size, most important first. When the terminal goes, the run is saved."""
+    terminal = Terminal(80)
+    run = start(f"{QUICK} --total-rollouts 30000 --save-interval 1000 --log-interval 1000", terminal=terminal)
+
+    def bars_after(count):
+        before = len(bars(terminal, 30000))
+        run.until(lambda: len(bars(terminal, 30000)) >= before + count)
+        return bars(terminal, 30000)[before:]
+
+    for bar in bars_after(4):
+        assert re.match(r"\d+/30000 return \S+ best \S+ rooms \S+ bonus \S+ entropy \d+\.\d+ ", bar), bar
+        assert len(bar.rstrip()) <= 80, bar
+    for columns, complete in ((40, False), (120, True)):
+        terminal.resize(columns)
+        for bar in bars_after(4)[2:]:
+            assert len(bar.rstrip()) <= columns, bar
+            assert ("left" in bar and "steps/s" in bar) == complete, bar
+    terminal.hang_up()
+    run.ends(128 + signal.SIGHUP)
+    assert run.saved()[-1] >= 10
+
+
+def test_the_header_comes_before_the_emulators(start):
+    run = start(QUICK, fault=(die, "workers", 1))
+    run.dies()
+    game, processes, directory, play = run.stdout.splitlines()
+    assert game.startswith("ALE/MontezumaRevenge-v5 on cpu in fp32, fastops in ")
+    assert processes.startswith("1 x 4 environments, ")
+    assert directory == f"run {run.directory.relative_to(run.cwd)}"
+    assert play == "1 rollouts of random play come first, to start the observation statistics"
+
+
+def test_what_has_no_value_yet_is_a_dash_and_the_room_one_is_in_counts(uninterrupted):
+    """No episode has ended in the first rollout."""
+    said = (uninterrupted.parents[1] / "run.stdout").read_text()
+    assert "rollout 1, step 32: return - best - rooms 1 bonus " in said
+    assert "rollout 2, step 64: return 0 best 0 rooms 1 bonus " in said
+
+
+def test_the_end_says_what_next(base_run):
+    """With the directory of the run in a variable, so that the lines can be pasted into a shell."""
+    done, runs = base_run
+    [run] = runs.iterdir()
+    *_, saved, variable, resume, play, curves, video = done.stdout.splitlines()
+    assert saved == f"saved runs/{run.name}/checkpoint_000003.pt"
+    assert shlex.split(variable) == [f"RUN=runs/{run.name}"]
+    commands = [shlex.split(line, comments=True) for line in (resume, play, curves, video)]
+    assert commands == [
+        ["python", "rnd_ppo_atari.py", "--resume", "$RUN"],
+        ["python", "rnd_ppo_atari.py", "--play", "$RUN"],
+        ["tensorboard", "--logdir", "$RUN"],
+        ["python", "tools/watch.py", "$RUN", "--video", "out.mp4"],
+    ]
