@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 from gymnasium.wrappers import AtariPreprocessing
 
+import rnd_ppo_atari as script
 from rnd_ppo_atari import Env, Game, Rollout, VectorEnv, collect
 
 MONTEZUMA, INVADERS, BREAKOUT = "ALE/MontezumaRevenge-v5", "ALE/SpaceInvaders-v5", "ALE/Breakout-v5"
@@ -180,6 +181,90 @@ def test_a_game_without_known_rooms_has_no_visits():
     env = Env(BREAKOUT, max_episode_steps=1)
     assert env.step(0, blank())[2]["visits"] == {}
     assert env.room is None
+
+
+def test_numbers_of_numpy_become_plain(monkeypatch):
+    """Otherwise an environment of one's own would write checkpoints that cannot be loaded."""
+
+    class NumPyGame(Game):
+        def act(self, action):
+            return np.float64(super().act(action))
+
+        def over(self):
+            return np.bool_(super().over())
+
+        def room(self):
+            return np.int64(super().room())
+
+        def statistics(self):
+            return dict(lives=np.int32(self.ale.lives()), speed=np.float32(0.5))
+
+    monkeypatch.setattr(script, "Game", NumPyGame)
+    env, frame = Env(MONTEZUMA, index=3, max_episode_steps=2), blank()
+    reward, _, _ = env.step(0, frame)
+    assert type(reward) is float
+    state = env.get_state()
+    _, _, summary = env.step(0, frame)
+    script.check_plain(state, "state")
+    script.check_plain(summary, "summary")
+    assert state["visits"] == {1: 1}
+    stats = dict(lives=6.0, speed=0.5, episodic_return=0.0, episodic_length=2, rooms=1)
+    assert summary == dict(env=3, stats=stats, visits={1: 2}, executed=bytes(8))
+
+
+# --- Continuing from a state ---
+
+GAMES = sorted(name for name, spec in gym.registry.items() if name.startswith("ALE/") and name.endswith("-v5"))
+# One of each kind: paddles, a kept start, PAL, a clock in the cartridge, incomplete frames after a reset, random start.
+KINDS = ["Breakout", "MontezumaRevenge", "Pacman", "Pitfall2", "Qbert", "Tetris", "Solaris"]
+UNSAVED = ["Kaboom", "TicTacToe3D"]  # ALE 0.12.1 does not save whether a frame is complete; mended in a9a043e2
+
+
+def played(env, actions):
+    """Everything that can be seen of each step; a new episode begins where one ends, as in VectorEnv."""
+    frame, seen = blank(), []
+    for action in actions:
+        reward, done, summary = env.step(int(action), frame)
+        screen, ram = env.screens[1].tobytes(), env.game.ale.getRAM().tobytes()
+        if done:
+            env.reset(frame)
+        seen.append((frame.tobytes(), screen, ram, reward, done, summary, env.room))
+    return seen
+
+
+def long_unless_of_a_kind(env_id):
+    return pytest.param(env_id, marks=[] if env_id[4:-3] in KINDS else pytest.mark.long)
+
+
+@pytest.mark.parametrize("env_id", [long_unless_of_a_kind(env_id) for env_id in GAMES if env_id[4:-3] not in UNSAVED])
+def test_every_game_continues_identically_from_a_state(env_id):
+    """In a new Env, and in one in the middle of a game: what an emulator leaves out of its state would show."""
+    options = dict(max_episode_steps=150)
+    env, busy = Env(env_id, seed=1, **options), Env(env_id, seed=2, **options)
+    rng = np.random.default_rng(0)
+    actions = rng.integers(len(env.game.actions), size=500)
+    moments = [0, 1, 2, 150, 151, *sorted(rng.choice(300, size=10, replace=False).tolist())]
+    states, seen = {}, []
+    for t, action in enumerate(actions):
+        if t in moments:
+            states[t] = env.get_state()
+        seen += played(env, [action])
+    assert len({frame for frame, *_ in seen}) > 5
+    for t, state in states.items():
+        horizon = 200 if t in (0, moments[-1]) else 10
+        for other in (Env(env_id, seed=3, **options), busy):
+            other.set_state(state)
+            again = played(other, actions[t : t + horizon])
+            assert [i for i, step in enumerate(again, t) if step != seen[i]] == [], f"restored before step {t}"
+        played(busy, rng.integers(len(env.game.actions), size=rng.integers(1, 9)))
+
+
+@pytest.mark.parametrize("game, warned", [*((game, True) for game in UNSAVED), ("MontezumaRevenge", False)])
+def test_a_game_that_a_state_does_not_hold_is_warned_of(game, warned, capsys):
+    Game.check(script.Args(env_id=f"ALE/{game}-v5"))
+    assert ("a9a043e2" in capsys.readouterr().out) is warned
+    Game.check(script.Args(env_id=f"ALE/{game}-v5", play="runs"))
+    assert capsys.readouterr().out == ""
 
 
 # --- Sticky actions ---

@@ -4,7 +4,11 @@ import re
 import shlex
 import signal
 
+import pytest
+import torch
 from runs import QUICK, Terminal, die
+
+import rnd_ppo_atari as script
 
 
 def bars(terminal, total):
@@ -45,6 +49,15 @@ def test_the_header_comes_before_the_emulators(start):
     assert play == "1 rollouts of random play come first, to start the observation statistics"
 
 
+@pytest.mark.parametrize(
+    "capability, precision, warned", [("AVX2", "bf16", 1), ("AVX2", "auto", 0), ("AVX512", "bf16", 0)]
+)
+def test_bf16_on_a_processor_without_it_is_warned_of(capability, precision, warned, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    script.Run(script.Args(device="cpu", precision=precision, run_dir=str(tmp_path)), None, None).describe()
+    assert capsys.readouterr().out.count("warning: without AVX-512") == warned
+
+
 def test_what_has_no_value_yet_is_a_dash_and_the_room_one_is_in_counts(uninterrupted):
     """No episode has ended in the first rollout."""
     said = (uninterrupted.parents[1] / "run.stdout").read_text()
@@ -61,7 +74,7 @@ def test_the_end_says_what_next(base_run):
     assert shlex.split(variable) == [f"RUN=runs/{run.name}"]
     commands = [shlex.split(line, comments=True) for line in (resume, play, curves, video)]
     assert commands == [
-        ["python", "rnd_ppo_atari.py", "--resume", "$RUN"],
+        ["python", "rnd_ppo_atari.py", "--resume", "$RUN", "--total-rollouts", "6"],  # a finished run needs a new end
         ["python", "rnd_ppo_atari.py", "--play", "$RUN"],
         ["tensorboard", "--logdir", "$RUN"],
         ["python", "tools/watch.py", "$RUN", "--video", "out.mp4"],
