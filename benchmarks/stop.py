@@ -20,7 +20,7 @@ import report
 
 from rnd_ppo_atari import checkpoints, load_checkpoint
 
-ROOT = Path(__file__).parent.parent
+SCRIPT = Path(__file__).parent.parent / "rnd_ppo_atari.py"
 MOMENTS = ("rollout", "update", "save")
 # The script, except that it prints which phase begins.
 ANNOUNCING = """
@@ -44,8 +44,8 @@ def seconds_to_exit(moment: str, num_envs: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--num-envs {num_envs} --obs-norm-rollouts 1 --save-interval 1 --run-dir {folder}"
         command = [sys.executable, "-c", ANNOUNCING, *flags.split()]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
-            assert run.stdout is not None
+        options = dict(cwd=SCRIPT.parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        with subprocess.Popen(command, **options) as run:
             begun: dict[str, float] = {}  # when each phase began last
             durations: dict[str, float] = {}
             phase = ""
@@ -60,6 +60,8 @@ def seconds_to_exit(moment: str, num_envs: int) -> float:
                 begun[phase] = time.perf_counter()
                 if second and name == moment:
                     break
+            else:
+                sys.exit(f"expected a run that reaches its second {moment}, but it ended; try: {SCRIPT} {flags}")
             time.sleep(0 if moment == "save" else durations[moment] / 2)
             start = time.perf_counter()
             run.send_signal(signal.SIGTERM)

@@ -55,7 +55,7 @@ SHORT = {
     "benchmarks/kernels.py": "--seconds 0.01",
     "benchmarks/precision.py": "--num-envs 2 --num-steps 8",
     "benchmarks/mario.py": "--num-envs 2 --rounds 1 --seconds 0.1 --random 0",
-    "benchmarks/stop.py": "--num-envs 2 --rounds 1",
+    "benchmarks/stop.py": "--num-envs 4 --rounds 1",
     "benchmarks/train.py": "--num-envs 4 --workers 1 --rounds 1 --rollouts 1 --precision fp32 --compile no",
 }
 # Left out of what is run, with so many values: a display, an account, a minute of compiling, the reader's own file.
