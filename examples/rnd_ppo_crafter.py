@@ -7,10 +7,9 @@ Play              python SCRIPT --play RUN --episodes 30                      (a
 2 machines of 8   torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
                       --max-restarts 3 SCRIPT --num-envs 128 --resume auto    (on both machines)
 
-Sections 1 to 6 are the algorithm, in the order of the paper. Sections 7 to 11 run it; the algorithm uses of them
-VectorEnv (steps the environments in worker processes), gather and average_gradients (join the processes of torchrun),
-Run and Session (the log and the checkpoints), and the helpers check_args, find_checkpoint, start_device,
-rollout_metrics, check_finite and say.
+Sections 1 to 6 are the algorithm, in the order of the paper. Sections 7 to 11 run it. Of these the algorithm uses
+VectorEnv (steps the environments in worker processes), gather and average_gradients (join torchrun's processes), Run
+and Session (log and checkpoints), check_args, find_checkpoint, start_device, rollout_metrics, check_finite and say.
 
 Legend: T steps of a rollout, N environments of this process, A actions; arrays of a rollout are (T, N, ...). A plain
 name (`rewards`, `values`, ...) belongs to the game's stream, which ends with the episode. A name with `int_` in front
@@ -38,6 +37,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field, fields
@@ -895,6 +895,11 @@ def say(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
+def close_events(writer: tensorboard.SummaryWriter) -> None:
+    with contextlib.suppress(OSError):  # the disk is full
+        writer.close()
+
+
 @dataclass
 class Progress:
     """Counters and scores of a run: the part of the log that a checkpoint holds."""
@@ -1022,9 +1027,11 @@ class Run:
                     self.save()
                 except Exception as error:  # a run that was told to stop stops, whatever happens
                     say(f"warning: not saved: {error!r}")
-            with contextlib.suppress(OSError):
-                if self.writer:
-                    self.writer.close()
+            if self.writer:
+                # In a thread: a signal may have left a lock of the writer taken, and then `close` waits forever.
+                closing = threading.Thread(target=close_events, args=[self.writer], daemon=True)
+                closing.start()
+                closing.join(10)
             if self.args.track:
                 sys.modules["wandb"].finish()
             self.say_what_next()

@@ -427,6 +427,18 @@ def raises(script, seam, call, error):
     wrap(script, seam, hook)
 
 
+def signal_while_events_are_locked(script, call):
+    """SIGTERM when Python has taken the lock of the event writer's queue, but has not begun the block that frees it."""
+
+    def hook(number, function, writer, *args):
+        if number == call:
+            writer.file_writer.event_writer._async_writer._byte_queue.mutex.acquire()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(writer, *args)
+
+    wrap(script, "curves", hook)
+
+
 def numpy_game(script):
     """The game gives NumPy's numbers, as one's own environment may."""
     wrap(script, "reward", lambda _, function, *args: np.float64(function(*args)))

@@ -33,6 +33,7 @@ from runs import (
     odd_game,
     raises,
     reader_leaves,
+    signal_while_events_are_locked,
     slow_disk,
 )
 
@@ -227,6 +228,13 @@ def test_what_a_save_raises_at_a_signal_does_not_keep_the_run(start):
     run.ends(128 + signal.SIGTERM, SOON)
     assert "warning: not saved: ModuleNotFoundError" in run.stdout
     assert run.saved() == [0]
+
+
+def test_signal_while_the_event_file_is_written(start):
+    """It can leave a lock of TensorBoard's writer taken: closing the file would wait forever."""
+    run = start(f"{QUICK} --total-rollouts 1000 --save-interval 1000", fault=(signal_while_events_are_locked, 100))
+    run.ends(128 + signal.SIGTERM)
+    assert run.saved()[-1] > 0
 
 
 @pytest.mark.slow
