@@ -937,6 +937,7 @@ def say(text: str) -> None:
 
 
 def close_events(writer: tensorboard.SummaryWriter) -> None:
+    """Close the event file; what cannot be written any more is given up."""
     with contextlib.suppress(OSError):  # the disk is full
         writer.close()
 

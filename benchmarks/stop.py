@@ -2,8 +2,8 @@
 
     python benchmarks/stop.py --num-envs 128 --json out.json
 
-Each run trains as a user's would. In its second rollout it is told to stop, in the middle of the phase in question or
-as soon as it begins to save. A run that stops saves the state after the last whole rollout; the benchmark loads that
+Each run trains as a user's would. It is told to stop in the middle of its second rollout or update, or as soon as its
+second save begins. A run that stops saves the state after the last whole rollout; the benchmark loads that
 checkpoint, and fails if it cannot.
 """
 
@@ -40,7 +40,7 @@ sys.exit(script.main())
 
 
 def seconds_to_exit(moment: str, num_envs: int) -> float:
-    """Train, send SIGTERM in the second rollout at this moment, and wait for the end."""
+    """Train, send SIGTERM when this happens for the second time, and wait for the end."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--num-envs {num_envs} --obs-norm-rollouts 1 --save-interval 1 --run-dir {folder}"
         command = [sys.executable, "-c", ANNOUNCING, *flags.split()]

@@ -235,6 +235,7 @@ def test_signal_while_the_event_file_is_written(start):
     run = start(f"{QUICK} --total-rollouts 1000 --save-interval 1000", fault=(signal_while_events_are_locked, 100))
     run.ends(128 + signal.SIGTERM)
     assert run.saved()[-1] > 0
+    assert "--resume" in run.stdout and "--total-rollouts" not in run.stdout  # it continues without a new end
 
 
 @pytest.mark.slow

@@ -58,6 +58,20 @@ def test_bf16_on_a_processor_without_it_is_warned_of(capability, precision, warn
     assert capsys.readouterr().out.count("warning: without AVX-512") == warned
 
 
+def test_half_of_the_threads_rest_during_a_rollout(tmp_path):
+    """The workers need the cores as well. One thread alone never rests."""
+    before = torch.get_num_threads()
+    try:
+        for threads, during in ((1, 1), (2, 1), (5, 3)):
+            torch.set_num_threads(threads)
+            run = script.Run(script.Args(run_dir=str(tmp_path)), None, None)
+            for phase, expected in (("rollout", during), ("update", threads)):
+                run.phase(phase)
+                assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_has_no_value_yet_is_a_dash_and_the_room_one_is_in_counts(uninterrupted):
     """No episode has ended in the first rollout."""
     said = (uninterrupted.parents[1] / "run.stdout").read_text()
