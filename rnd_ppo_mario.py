@@ -511,9 +511,9 @@ def stack_frames(frames: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
     In channels_last memory, oldest frame first, zero where a frame is older than the episode [Burda's code].
     """
     steps = len(ages)
-    stacks = torch.stack([frames[k : k + steps] for k in range(4)], dim=-1)
-    inside = ages[..., None] >= torch.arange(3, -1, -1, device=ages.device)
-    return stacks.mul_(inside[:, :, None, None, :]).flatten(0, 1).permute(0, 3, 1, 2)
+    inside = [(ages >= 3 - k).to(torch.uint8)[:, :, None, None] for k in range(4)]
+    stacks = torch.stack([frames[k : k + steps] * inside[k] for k in range(4)], dim=-1)
+    return stacks.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 class Rollout:
@@ -721,7 +721,7 @@ def train(args: Args) -> Path | None:
     options = dict(sticky_action_prob=args.sticky_action_prob, max_episode_steps=args.max_episode_steps, seed=args.seed)
     options |= dict(num_workers=args.num_workers, first_index=RANK * args.num_envs)  # no two environments are alike
     with Run(args, path, state) as run, contextlib.closing(VectorEnv(args.env_id, args.num_envs, **options)) as envs:
-        device, bf16 = start_device(args, envs)  # after the workers, which are forked
+        device, bf16 = start_device(args)  # after the workers, which are forked
         torch.manual_seed(args.seed)  # the same weights in every process ...
         agent = Agent(envs.num_actions, 448, bf16).to(device)
         rnd = RND(args.int_gamma, args.int_return_filter).to(device)
@@ -1300,7 +1300,7 @@ class Session:
         """A copy in plain types and tensors, taken between two rollouts."""
         local = dict(
             envs=self.envs.call("get_state"),
-            rollout=self.rollout.tail(),
+            rollout={name: view.clone() for name, view in self.rollout.tail().items()},  # not the whole rollout
             carry=self.rnd.carry.tolist(),
             rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -1587,14 +1587,13 @@ def choose_device(args: Args) -> tuple[torch.device, bool]:
     return device, args.precision == "bf16" or (args.precision == "auto" and cuda)
 
 
-def start_device(args: Args, envs: VectorEnv) -> tuple[torch.device, bool]:
+def start_device(args: Args) -> tuple[torch.device, bool]:
     """Prepare the device that `choose_device` names; join the processes of torchrun."""
     device, bf16 = choose_device(args)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")  # no TF32: fp32 is what the bonus needs, and the policy has bf16
         torch.backends.cudnn.allow_tf32 = False
-        torch.cuda.cudart().cudaHostRegister(envs.frames.ctypes.data, envs.frames.nbytes, 0)  # asynchronous copies
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, bf16

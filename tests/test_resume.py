@@ -148,6 +148,20 @@ def test_a_copied_checkpoint_starts_a_new_run(start, stopped, uninterrupted, tmp
         assert contents(copy.parent) == before
 
 
+def test_a_checkpoint_holds_no_more_than_its_tensors(base_run):
+    """A view would bring the whole array along: once all frames of the rollout, two thirds of the file."""
+    _, state = script.load_checkpoint(last_checkpoint(base_run[1]))
+    tensors, parts = [], [state]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, torch.Tensor):
+            tensors.append(part)
+        elif isinstance(part, (dict, list, tuple)):
+            parts += part.values() if isinstance(part, dict) else part
+    assert len(tensors) > 100
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+
+
 def test_newest_checkpoints_and_the_best_are_kept(start):
     """--keep-checkpoints 2: the two newest and the best one. It is of rollout 2: the first with a mean return, and no
     later one is better in these few steps; it outlives its numbered twin."""
