@@ -761,6 +761,32 @@ def test_curves(run, tmp_path):
     assert plot.main([*argv, "--out", str(tmp_path / "time.svg")]) == 0
 
 
+def test_kept_numbers_draw_the_same_picture(tmp_path):
+    runs = [write_run(tmp_path / f"G__a__{i}__0", TAGS, n, i + 0.125) for i, n in enumerate((5, 30))]
+    runs.append(write_run(tmp_path / "G__b__1__0", TAGS[:1], 10))
+    kept, first, second = tmp_path / "kept.json", tmp_path / "first.png", tmp_path / "second.png"
+    panels = ["--panels", "return=scores", "bonus"]
+    assert plot.main([*map(str, runs), *panels, "--out", str(first), "--json", str(kept)]) == 0
+    assert plot.main([str(kept), *panels, "--out", str(second)]) == 0
+    assert first.read_bytes() == second.read_bytes()
+    numbers = json.loads(kept.read_text())
+    assert list(numbers) == ["G a", "G b"] and [len(group) for group in numbers.values()] == [2, 1]
+    assert numbers["G a"][0]["charts/episodic_return_mean100"] == [
+        [100, 200, 300, 400, 500],
+        [0.125, 1.125, 2.125, 3.125, 4.125],
+    ]
+    assert set(numbers["G a"][0]) == {"charts/episodic_return_mean100", "rnd/int_reward_raw"}  # what was shown
+
+
+def test_kept_numbers_come_alone_and_whole(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "a.png")]
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    for extra in (["run"], ["--x", "time"], ["--labels", "a"]):
+        assert "expected runs, or one .json alone" in refusal(capsys, plot.main, tmp_path / "a.json", *extra, *out)
+    assert "expected numbers that --json wrote" in refusal(capsys, plot.main, tmp_path / "other.json", *out)
+    assert "No such file" in refusal(capsys, plot.main, tmp_path / "a.json", *out)
+
+
 def test_panels_with_nothing_to_show_are_left_out(tmp_path):
     """Without values, and the rooms of a game that has none."""
     groups = {"a": [plot.read(write_run(tmp_path / "a", TAGS[:1], 3))]}

@@ -5,6 +5,8 @@ Several seeds     python tools/plot.py runs/MontezumaRevenge-v5__rnd_ppo_atari__
 Variants          python tools/plot.py runs/A runs/B runs/C runs/D --labels CNN CNN LSTM LSTM --out curves.png
 Against time      python tools/plot.py runs/* --out curves.png --x time
 Other panels      python tools/plot.py runs/* --out curves.png --panels return entropy explained losses/approx_kl
+Keep the numbers  python tools/plot.py runs/* --out curves.png --json curves.json
+Draw them again   python tools/plot.py curves.json --out curves.png
 
 Runs of the same game and experiment (a run's directory is GAME__EXPERIMENT__SEED__TIME), or with the same label, form
 one curve: their mean, with a band of one standard deviation. Where some of them have no values, before their first or
@@ -18,6 +20,7 @@ int_explained, speed), a tag of TensorBoard or the last part of one. NAME=TITLE 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -134,6 +137,29 @@ def read_groups(runs: list[str], labels: list[str], axis: str) -> Groups:
     if not groups:
         raise UsageError("RUN: expected at least one run with values, found none")
     return groups
+
+
+def write_json(path: Path, groups: Groups, panels: list[Panel]) -> None:
+    """Keep the numbers of the panels: {label: [{tag: [x, y]} of each run]}, to six digits."""
+    labels = {}
+    for label, runs in groups.items():
+        labels[label] = [
+            {tag: [x.tolist(), [float(f"{value:.6g}") for value in y]] for tag, (x, y) in curves.items()}
+            for curves in ({panel.tag: run[panel.tag] for panel in panels if panel.tag in run} for run in runs)
+        ]
+    path.write_text(json.dumps(labels, separators=(",", ":")) + "\n")
+
+
+def read_json(path: str) -> Groups:
+    """The curves that `write_json` kept."""
+    try:
+        labels = json.loads(Path(path).read_text())
+        return {
+            label: [{tag: (np.array(x), np.array(y)) for tag, (x, y) in curves.items()} for curves in runs]
+            for label, runs in labels.items()
+        }
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path}: expected numbers that --json wrote, got something else: {error}") from None
 
 
 # === Panels ===========================================================================================================
@@ -269,6 +295,8 @@ def plot(groups: Groups, panels: list[Panel], axis: str = "steps", smooth: int =
 def check_args(args: argparse.Namespace) -> None:
     if args.labels and len(args.labels) != len(args.runs):
         raise UsageError(f"--labels: expected {len(args.runs)}, one for each run, got {len(args.labels)}")
+    if any(run.endswith(".json") for run in args.runs) and (len(args.runs) > 1 or args.labels or args.x == "time"):
+        raise UsageError("RUN: expected runs, or one .json alone: it has its labels and its x already")
     if args.smooth < 1:
         raise UsageError(f"--smooth: expected at least 1, got {args.smooth}")
     if args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.absolute().parent.is_dir():
@@ -277,22 +305,27 @@ def check_args(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, with TensorBoard event files")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, or one .json")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="picture to write, .png, .svg or .pdf")
     parser.add_argument("--x", choices=("steps", "time"), default="steps", help="horizontal axis (default: steps)")
     parser.add_argument("--labels", nargs="+", help="one for each RUN; runs with the same label become one curve")
     parser.add_argument("--panels", nargs="+", metavar="NAME", help="what to show (default: six panels)")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="average over N logged points (default: 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers that the picture shows")
     args = parser.parse_args(argv)
     try:
         check_args(args)
-        labels = args.labels or [experiment(run) for run in args.runs]
-        groups = read_groups(args.runs, labels, args.x)
+        if args.runs[0].endswith(".json"):
+            groups = read_json(args.runs[0])
+        else:
+            groups = read_groups(args.runs, args.labels or [experiment(run) for run in args.runs], args.x)
         if args.panels:
             tags = {tag for runs in groups.values() for curves in runs for tag in curves}
             panels = [find_panel(name, tags) for name in args.panels]
         else:
             panels = default_panels(groups)
+        if args.json:
+            write_json(args.json, groups, panels)
         plot(groups, panels, args.x, args.smooth).savefig(args.out, dpi=200)
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
