@@ -785,6 +785,8 @@ def test_kept_numbers_come_alone_and_whole(tmp_path, capsys):
         assert "expected runs, or one .json alone" in refusal(capsys, plot.main, tmp_path / "a.json", *extra, *out)
     assert "expected numbers that --json wrote" in refusal(capsys, plot.main, tmp_path / "other.json", *out)
     assert "No such file" in refusal(capsys, plot.main, tmp_path / "a.json", *out)
+    keep = ["--json", tmp_path / "kept.json", "--x", "time"]
+    assert "--json: expected --x steps" in refusal(capsys, plot.main, tmp_path / "run", *keep, *out)
 
 
 def test_panels_with_nothing_to_show_are_left_out(tmp_path):

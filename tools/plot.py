@@ -141,12 +141,16 @@ def read_groups(runs: list[str], labels: list[str], axis: str) -> Groups:
 
 def write_json(path: Path, groups: Groups, panels: list[Panel]) -> None:
     """Keep the numbers of the panels: {label: [{tag: [x, y]} of each run]}, to six digits."""
-    labels = {}
+    labels: dict[str, list[dict]] = {}
     for label, runs in groups.items():
-        labels[label] = [
-            {tag: [x.tolist(), [float(f"{value:.6g}") for value in y]] for tag, (x, y) in curves.items()}
-            for curves in ({panel.tag: run[panel.tag] for panel in panels if panel.tag in run} for run in runs)
-        ]
+        labels[label] = []
+        for run in runs:
+            kept = {}
+            for panel in panels:
+                if panel.tag in run:
+                    x, y = run[panel.tag]
+                    kept[panel.tag] = [x.tolist(), [float(f"{value:.6g}") for value in y]]
+            labels[label].append(kept)
     path.write_text(json.dumps(labels, separators=(",", ":")) + "\n")
 
 
@@ -297,6 +301,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError(f"--labels: expected {len(args.runs)}, one for each run, got {len(args.labels)}")
     if any(run.endswith(".json") for run in args.runs) and (len(args.runs) > 1 or args.labels or args.x == "time"):
         raise UsageError("RUN: expected runs, or one .json alone: it has its labels and its x already")
+    if args.json and args.x == "time":
+        raise UsageError("--json: expected --x steps, got time: the numbers would be drawn again as steps")
     if args.smooth < 1:
         raise UsageError(f"--smooth: expected at least 1, got {args.smooth}")
     if args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.absolute().parent.is_dir():
