@@ -1085,7 +1085,7 @@ class Run:
         if not self.latest or not self.path:
             say(f"stopped before the first save: nothing to continue in {self.dir}")
             return
-        script = Path(__file__).name
+        script = os.path.relpath(__file__)
         say(f"saved {self.path}\nRUN='{self.dir}'")
         finished = self.progress.iteration >= self.args.total_rollouts
         longer = f" --total-rollouts {2 * self.args.total_rollouts}" if finished else ""
@@ -1603,7 +1603,7 @@ def parse_args() -> Args:
 def print_help() -> None:
     """What tyro says about the arguments, in the groups that the source has."""
     title, _, _, *legend = (__doc__ or "").split("\n\n")
-    example = f"Example: python {Path(__file__).name} --num-envs 128 --resume auto"
+    example = f"Example: python {os.path.relpath(__file__)} --num-envs 128 --resume auto"
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         tyro.cli(Args, description="\n\n".join([title, example, *legend]), args=["--help"])
     lines = text.getvalue().splitlines()

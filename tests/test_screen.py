@@ -1,11 +1,13 @@
 """What a run shows: on a terminal of 80 columns, before the emulators start, and at its end."""
 
+import os
 import re
 import shlex
 import signal
 
 import pytest
 import torch
+from conftest import SCRIPT
 from runs import QUICK, Terminal, die
 
 import rnd_ppo_atari as script
@@ -80,16 +82,17 @@ def test_what_has_no_value_yet_is_a_dash_and_the_room_one_is_in_counts(uninterru
 
 
 def test_the_end_says_what_next(base_run):
-    """With the directory of the run in a variable, so that the lines can be pasted into a shell."""
+    """With the run's directory in a variable and the script's path, so that the lines can be pasted into a shell."""
     done, runs = base_run
+    path = os.path.relpath(SCRIPT, runs.parent)  # the run was started in another directory than the script's
     [run] = runs.iterdir()
     *_, saved, variable, resume, play, curves, video = done.stdout.splitlines()
     assert saved == f"saved runs/{run.name}/checkpoint_000003.pt"
     assert shlex.split(variable) == [f"RUN=runs/{run.name}"]
     commands = [shlex.split(line, comments=True) for line in (resume, play, curves, video)]
     assert commands == [
-        ["python", "rnd_ppo_atari.py", "--resume", "$RUN", "--total-rollouts", "6"],  # a finished run needs a new end
-        ["python", "rnd_ppo_atari.py", "--play", "$RUN"],
+        ["python", path, "--resume", "$RUN", "--total-rollouts", "6"],  # a finished run needs a new end
+        ["python", path, "--play", "$RUN"],
         ["tensorboard", "--logdir", "$RUN"],
         ["python", "tools/watch.py", "$RUN", "--video", "out.mp4"],
     ]
