@@ -730,6 +730,7 @@ def backend(checkout, cwd):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell script as compiler")
 def test_compiled_kernels_are_used_however_installed_and_from_wherever_run(checkout):
     folder, root, _, site = checkout

@@ -60,6 +60,7 @@ def killed_after(run, rollouts, seconds):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments(start, resume):
     """SIGKILL after random times, again and again, and another number of workers each time; every save is slow, so
     that many of the moments lie inside one. In the end: the run that was never disturbed."""
@@ -463,6 +464,7 @@ def rank_process(run, rank):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rank_killed_and_group_restarted(start):
     """Both ranks in turn; the group goes on from the last checkpoint and ends as one that was never disturbed."""
     run = start(f"{QUICK} --num-workers 1 --keep-checkpoints 99 --total-rollouts 6", command=f"{RANKS} 0")
