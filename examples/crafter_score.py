@@ -28,7 +28,7 @@ class UsageError(ValueError):
 
 
 def read(run: Path, steps: int) -> dict[str, Any]:
-    """Number of episodes that end by `steps`, success rates in percent and score of a run."""
+    """Steps that count, episodes that end by then, success rates in percent and score of a run."""
     # What a killed process logged after its last checkpoint is dropped where the resumed one logged it again.
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}, purge_orphaned_data=True)
     events.Reload()
@@ -46,8 +46,11 @@ def read(run: Path, steps: int) -> dict[str, Any]:
         raise UsageError(f"{run}: {expected}, found {len(rates)}")
     if not episodes:
         raise UsageError(f"{run}: expected episodes that end by step {steps}, found none; wait or raise --steps")
+    reached = events.Scalars("charts/SPS")[-1].step  # logged after every rollout
+    if reached < steps:
+        print(f"warning: {run} ends at step {reached} of {steps}", file=sys.stderr)
     score = float(np.exp(np.mean(np.log1p(list(rates.values())))) - 1)
-    return dict(run=run.resolve().name, steps=steps, episodes=episodes, score=score, rates=rates)
+    return dict(run=run.resolve().name, steps=min(steps, reached), episodes=episodes, score=score, rates=rates)
 
 
 def row(name: str, values: list[float], digits: int) -> str:
@@ -67,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = [read(run, args.steps) for run in args.runs]
         for name in runs[0]["rates"]:
             print(row(name, [run["rates"][name] for run in runs], 2))
+        print(row("steps", [run["steps"] for run in runs], 0))
         print(row("episodes", [run["episodes"] for run in runs], 0))
         print(row("score", [run["score"] for run in runs], 2))
         if args.json:

@@ -8,8 +8,9 @@ Play              python SCRIPT --play RUN --episodes 30                      (a
                       --max-restarts 3 SCRIPT --num-envs 128 --resume auto    (on both machines)
 
 Sections 1 to 6 are the algorithm, in the order of the paper. Sections 7 to 11 run it. Of these the algorithm uses
-VectorEnv (steps the environments in worker processes), gather and average_gradients (join torchrun's processes), Run
-and Session (log and checkpoints), check_args, find_checkpoint, start_device, rollout_metrics, check_finite and say.
+VectorEnv (steps the environments in worker processes), gather, average_gradients and check_same_start (join torchrun's
+processes), Run and Session (log and checkpoints), check_args, find_checkpoint, start_device, rollout_metrics,
+check_finite, with_bar and say.
 
 Legend: T steps of a rollout, N environments of this process, A actions; arrays of a rollout are (T, N, ...). A plain
 name (`rewards`, `values`, ...) belongs to the game's stream, which ends with the episode. A name with `int_` in front
@@ -115,7 +116,7 @@ class Args:
     max_episode_steps: int = 10_000
     """steps after which an episode ends, if MiniGrid's own limit does not end it before; both ends count as terminal"""
     sticky_action_prob: float = 0.0
-    """probability, in every frame, to repeat the action executed before [Machado; Burda, Table 2]"""
+    """probability, in every frame, to repeat the action executed before [none in MiniGrid; Burda, Table 2: 0.25]"""
     num_workers: int = 0
     """worker processes; 0: one per CPU core of this process"""
     # --- PPO
@@ -155,7 +156,7 @@ class Args:
     obs_norm_rollouts: int = 50
     """rollouts of random actions that start the observation statistics [Burda's code: 50]"""
     int_return_filter: Literal["backward", "forward"] = "backward"
-    """direction in time of the discounted sum whose std scales the bonus [forward: Burda's code; see the README]"""
+    """direction in time of the discounted sum whose std scales the bonus [backward: PPO-RND; forward: Burda's code]"""
     predictor_proportion: float = -1.0
     """share of each minibatch that trains the predictor; -1: min(1, 32 / environments of all processes) [Burda, A.4]"""
 
@@ -207,12 +208,12 @@ class Game:
     def act(self, action: int) -> float:
         """Play one frame and return its reward."""
         self.executed.append(action)
-        _, reward, self.solved, self.late, _ = self.env.step(action)
-        return reward
+        _, self.reward, self.ended, self.late, _ = self.env.step(action)
+        return self.reward
 
     def over(self) -> bool:
         """Whether the episode has ended."""
-        return self.solved or self.late
+        return self.ended or self.late
 
     def draw(self, screen: np.ndarray) -> None:
         """Write the current screen, uint8 (H, W): color indices, or gray where there is no palette."""
@@ -224,7 +225,7 @@ class Game:
 
     def statistics(self) -> dict[str, float]:
         """Further numbers to log: means of 100 episodes, and each episode's where the name begins with episodic_."""
-        return dict(episodic_success=self.solved)
+        return dict(episodic_success=self.ended and self.reward > 0)  # lava ends an episode as well
 
     def get_state(self) -> bytes:
         """The state of the emulator, for a checkpoint."""
@@ -232,7 +233,7 @@ class Game:
 
     def set_state(self, state: bytes) -> None:
         """Continue from what `get_state` returned."""
-        self.layout, self.executed, self.solved, self.late = int.from_bytes(state[:8], "big"), bytearray(), False, False
+        self.layout, self.executed, self.ended, self.late = int.from_bytes(state[:8], "big"), bytearray(), False, False
         self.env.reset(seed=self.layout)
         for action in state[8:]:  # played again
             self.act(action)
@@ -252,7 +253,7 @@ class Env:
         self.max_episode_steps = max_episode_steps
         self.rng = np.random.default_rng([seed, index])
         self.game = Game(env_id, int(self.rng.integers(2**31)), render_mode)
-        self.screens = np.zeros((2, *self.game.shape), np.uint8)  # the last two of a step (SKIP = 1: black, the last)
+        self.screens = np.zeros((2, *self.game.shape), np.uint8)  # the last two of a step
         self.reset(np.zeros((84, 84), np.uint8))
 
     def reset(self, out: np.ndarray) -> None:
@@ -282,7 +283,8 @@ class Env:
             if frame == self.game.SKIP - 2:
                 self.game.draw(self.screens[0])
         self.game.draw(self.screens[1])
-        first = 0 if frame == self.game.SKIP - 1 else 1  # an episode that ends earlier shows its last screen only
+        complete = frame == self.game.SKIP - 1 and self.game.SKIP > 1
+        first = 0 if complete else 1  # an episode that ends earlier shows its last screen only
         fastops.max_pool_resize(self.screens[first], self.screens[1], out, self.game.palette)
 
         self.steps += 1
@@ -571,7 +573,7 @@ def minibatch(rollout: Rollout, targets: dict, rnd: RND, envs: torch.Tensor, arg
     # The predictor learns from a fresh random share, so that its speed does not grow with N [Burda, A.4].
     proportion = args.predictor_proportion
     if proportion < 0:
-        proportion = min(1.0, 32 / (args.num_envs * PROCESSES))
+        proportion = min(1.0, 32 / (rollout.num_envs * PROCESSES))
     size = rollout.num_steps * len(envs)
     share = torch.randperm(size)[: max(1, round(proportion * size))].to(rollout.device)
     batch["rnd_obs"] = rnd.normalize(rollout.next_frames[share // len(envs), envs[share % len(envs)]])
@@ -641,7 +643,7 @@ def update(agent, rnd, optimizer, rollout: Rollout, targets: dict, clip: float, 
 def random_play(envs: VectorEnv, rollout: Rollout, rnd: RND, rollouts: int) -> None:
     """Start the observation statistics with random actions, then start every environment anew [Burda, 2.4]."""
     rollout.start_episodes(envs.reset())
-    for _ in tqdm(range(rollouts), "random play", unit="rollout", dynamic_ncols=True, disable=RANK > 0):
+    for _ in with_bar("random play", rollouts):
         for t, actions in enumerate(torch.randint(envs.num_actions, rollout.actions.shape).numpy()):
             rollout.next_frames[t] = torch.from_numpy(envs.step(actions)[0])
         rnd.observe(rollout.next_frames)
@@ -659,6 +661,7 @@ def train(args: Args) -> Path | None:
     options |= dict(num_workers=args.num_workers, first_index=RANK * args.num_envs)  # no two environments are alike
     with Run(args, path, state) as run, contextlib.closing(VectorEnv(args.env_id, args.num_envs, **options)) as envs:
         device, bf16 = start_device(args)  # after the workers, which are forked
+        check_same_start(path)
         torch.manual_seed(args.seed)  # the same weights in every process ...
         agent = Agent(envs.num_actions, 448, bf16).to(device)
         rnd = RND(args.int_gamma, args.int_return_filter).to(device)
@@ -862,6 +865,14 @@ def gather(value: Any) -> list:
     return values
 
 
+def check_same_start(path: Path | None) -> None:
+    """Raise UsageError unless all processes continue from the same checkpoint, or all begin."""
+    found = [file and "/".join(file.parts[-2:]) for file in gather(path)]
+    if len(set(found)) > 1:
+        problem = f"--resume: expected the same checkpoint in every process, got {', '.join(map(str, found))}"
+        raise UsageError(f"{problem}; --run-dir must be on a disk that all machines see: start again when they do")
+
+
 def average_gradients(params: list[Any]) -> None:
     """Average the gradients over all processes, in one message instead of one per tensor."""
     if not dist.is_initialized():
@@ -885,15 +896,36 @@ PLOTS = {  # shown first in TensorBoard, in the tab "custom scalars"
 }
 
 
-def say(text: str) -> None:
-    """Print a line above the progress bar, once for all processes. Without terminal or pipe the run continues mute."""
+@contextlib.contextmanager
+def mute_when_gone():
+    """The run goes on without a screen: what is said to a terminal or pipe that is gone goes nowhere from then on."""
     try:
+        yield
+    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(text: str) -> None:
+    """Print a line above the progress bar, once for all processes."""
+    with mute_when_gone():
         if RANK == 0:
             tqdm.write(text)
             sys.stdout.flush()
-    except OSError:
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def with_bar(title: str, number: int):
+    """Count from 0 to `number` - 1 beside a progress bar."""
+    bar = tqdm(desc=title, total=number, delay=0.1, dynamic_ncols=True, leave=False, disable=RANK > 0)
+    for i in range(number):
+        yield i
+        with mute_when_gone():
+            bar.update()
+    with mute_when_gone():
+        bar.close()
 
 
 def close_events(writer: tensorboard.SummaryWriter) -> None:
@@ -911,7 +943,7 @@ class Progress:
     episodes: int = 0
     return_sum: float = 0.0
     record: list[float] = field(default_factory=list)  # highest return of an episode, minus its steps
-    best_mean: float | None = None  # highest mean return of 100 episodes at a checkpoint
+    best_mean: float | None = None  # highest mean return of (up to) 100 episodes at a checkpoint
     recent: list[dict] = field(default_factory=list)  # statistics of the last 100 episodes
     best: dict[str, float] = field(default_factory=dict)  # the highest value of each statistic
     visits: dict[int, int] = field(default_factory=dict)  # steps spent in each room, in episodes that ended
@@ -949,7 +981,8 @@ class Progress:
         scalars: dict[str, float] = {"charts/rooms_total": len(self.visits)}
         for name, best in self.best.items():
             suffix = "_mean100" if name.startswith("episodic") else ""
-            scalars[f"charts/{name}{suffix}"] = float(np.mean([stats[name] for stats in self.recent]))
+            values = [stats[name] for stats in self.recent if name in stats]  # a copy's statistics may have changed
+            scalars[f"charts/{name}{suffix}"] = float(np.mean(values or [best]))
             scalars[f"charts/best_{name.removeprefix('episodic_')}"] = best
         if self.episodes:
             scalars["charts/episodic_return_mean"] = self.return_sum / self.episodes
@@ -984,6 +1017,9 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = filelock.FileLock(self.dir / "lock", timeout=3)  # the workers of a killed run may hold it
             self.lock.acquire()
+            if self.path and self.in_place and not is_newest(self.path, self.state):
+                self.lock.release()
+                raise UsageError(f"{self.dir}: a process that trained there has saved meanwhile; start again")
             for path in self.dir.glob("*.pt.tmp"):  # of a process that was killed while it saved
                 path.unlink()
         except filelock.Timeout:
@@ -1020,11 +1056,11 @@ class Run:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         torch.set_num_threads(self.threads)
-        with contextlib.suppress(OSError):  # the terminal is gone
+        with mute_when_gone():
             if self.bar is not None:
                 self.bar.close()
         if RANK == 0:
-            if kind and kind is not FloatingPointError and self.latest:
+            if self.latest and self.path != self.newest() and kind is not FloatingPointError:
                 try:
                     self.save()
                 except Exception as error:  # a run that was told to stop stops, whatever happens
@@ -1045,7 +1081,7 @@ class Run:
         if not self.latest or not self.path:
             say(f"stopped before the first save: nothing to continue in {self.dir}")
             return
-        script = os.path.relpath(__file__)
+        script = script_path()
         say(f"saved {self.path}\nRUN='{self.dir}'")
         finished = self.progress.iteration >= self.args.total_rollouts
         longer = f" --total-rollouts {2 * self.args.total_rollouts}" if finished else ""
@@ -1091,6 +1127,7 @@ class Run:
         scalars["charts/SPS"] = width * args.num_steps / sum(self.times.values())
         check_finite(scalars)
         if RANK == 0:
+            events.sort(key=lambda event: event[2])  # by step: the processes' episodes come one process after the other
             self.write_events(events + [(tag, value, progress.step) for tag, value in scalars.items()])
             self.show(scalars)
 
@@ -1117,8 +1154,9 @@ class Run:
     def open_writer(self) -> tensorboard.SummaryWriter:
         """Continue the curves: TensorBoard drops what an earlier process wrote after the checkpoint."""
         rollout = self.args.num_envs * PROCESSES * self.args.num_steps
+        first = not any(self.dir.glob("events.out.tfevents.*"))
         writer = tensorboard.SummaryWriter(str(self.dir), purge_step=self.progress.step - rollout + 1)
-        if not self.in_place:
+        if first:
             args = reported_args(self.args)
             writer.add_custom_scalars({"RND": {title: ["Multiline", tags] for title, tags in PLOTS.items()}})
             for summary in tensorboard.summary.hparams(args, dict.fromkeys(PLOTS["return"] + PLOTS["rooms"], 0.0)):
@@ -1136,7 +1174,7 @@ class Run:
         summary = " ".join(f"{name} {'-' if score is None else f'{score:.5g}'}" for name, score in scores.items())
         summary += f" bonus {scalars['rnd/int_reward_raw']:.3g} entropy {scalars['losses/entropy']:.3g}"
         speed = f"{scalars['charts/SPS']:.0f} steps/s"
-        with contextlib.suppress(OSError):  # the terminal is gone
+        with mute_when_gone():
             if self.bar is None:
                 bar_format = "{n_fmt}/{total_fmt} {desc} {remaining} left{postfix}"
                 done, total = progress.iteration - 1, self.args.total_rollouts
@@ -1163,11 +1201,14 @@ class Run:
         except OSError as error:  # a full disk does not end the run
             say(f"warning: no checkpoint written ({error}); the next try comes with the next save")
 
+    def newest(self) -> Path:
+        """Where the latest state belongs."""
+        return self.dir / f"checkpoint_{self.latest['progress']['iteration']:06d}.pt"
+
     def save(self) -> None:
         """Save the latest state and remove checkpoints that are older than the newest --keep-checkpoints."""
-        path = self.dir / f"checkpoint_{self.latest['progress']['iteration']:06d}.pt"
-        save_checkpoint(self.latest, path)
-        self.path = path
+        save_checkpoint(self.latest, self.newest())
+        self.path = self.newest()
         for old in checkpoints(self.dir)[: -self.args.keep_checkpoints]:
             old.unlink()
 
@@ -1203,7 +1244,8 @@ def check_finite(scalars: dict[str, float]) -> None:
     """Raise FloatingPointError, naming the quantity, if a scalar is not finite."""
     for name, value in scalars.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"{name} is {value}; continue from the last checkpoint with --resume")
+            advice = "start a new run with a lower --learning-rate or --max-grad-norm 0.5"
+            raise FloatingPointError(f"{name} is {value}; {advice}: on a CPU, --resume would repeat this one")
 
 
 def check_health(args: Args, progress: Progress, scalars: dict[str, float]) -> str:
@@ -1416,9 +1458,10 @@ def play_episode(agent: nn.Module, env: Env, greedy: bool = False):
         yield int(action), reward, float(value), float(int_value), frame, summary
 
 
-def load_agent(state: dict, device: torch.device | str = "cpu") -> Agent:
+def load_agent(state: dict, device: torch.device | str = "cpu", bf16: bool = False) -> Agent:
     """The agent of a checkpoint, ready to play."""
-    agent = Agent(*state["agent"]["policy_head.weight"].shape).to(device)
+    num_actions, width = state["agent"]["policy_head.weight"].shape
+    agent = Agent(num_actions, width, bf16).to(device)
     agent.load_state_dict(state["agent"])
     return agent.eval()
 
@@ -1430,14 +1473,14 @@ def play(args: Args) -> dict:
     trained = Args(**saved_args(state)).env_id
     if Path(args.env_id).name != Path(trained).name:
         raise UsageError(f"--play: expected a checkpoint of {args.env_id}, got one of {trained}")
-    agent = load_agent(state, choose_device(args)[0])
+    agent = load_agent(state, *start_device(args))
     torch.manual_seed(args.seed)
     report: dict = dict(checkpoint=str(path), env_id=args.env_id, greedy=args.greedy, summary=[], episodes=[])
     for sticky in dict.fromkeys((args.sticky_action_prob, 0.0)):
         options: dict[str, Any] = dict(seed=args.seed, sticky_action_prob=sticky)
         options |= dict(max_episode_steps=args.max_episode_steps, render_mode="human" if args.render else None)
         episodes = []
-        for i in tqdm(range(args.episodes), f"sticky {sticky:g}", leave=False):
+        for i in with_bar(f"sticky {sticky:g}", args.episodes):
             *_, (*_, summary) = play_episode(agent, Env(args.env_id, i, **options), args.greedy)
             episodes.append(summary["stats"] | dict(sticky_action_prob=sticky, visits=sorted(summary["visits"])))
         report["episodes"] += episodes
@@ -1501,6 +1544,7 @@ def check_args(args: Args) -> None:
     require(args.num_envs % blocks == 0, "num_envs", f"a multiple of --num-minibatches, {blocks}")
     samples = args.num_envs // blocks * args.num_steps
     require(not args.norm_adv or samples > 1, "norm_adv", "minibatches of two samples or more")
+    require(args.num_envs * args.num_steps > 1, "num_steps", "2 or more with one environment")
     require(args.device != "cuda" or torch.cuda.is_available(), "device", "auto or cpu, as torch finds no CUDA device")
     require(Path(args.exp_name).name == args.exp_name, "exp_name", "a name without slashes")
     has_wandb = importlib.util.find_spec("wandb") is not None
@@ -1537,7 +1581,7 @@ def start_device(args: Args) -> tuple[torch.device, bool]:
 
 
 def stop(number: int, _: object) -> None:
-    """Leave `train`, which saves; a second signal ends the process at once."""
+    """Leave `train`, which saves. A second signal ends the process at once, but not under torchrun."""
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN if PROCESSES > 1 else signal.SIG_DFL)  # torchrun repeats the first
     raise SystemExit(128 + number)
@@ -1560,10 +1604,18 @@ def parse_args() -> Args:
     return tyro.cli(Args, default=Args(**saved_args(state)))
 
 
+def script_path() -> str:
+    """This file, as a command names it."""
+    try:
+        return os.path.relpath(__file__)
+    except ValueError:  # Windows: the working directory is on another drive
+        return __file__
+
+
 def print_help() -> None:
     """What tyro says about the arguments, in the groups that the source has."""
     title, _, _, *legend = (__doc__ or "").split("\n\n")
-    example = f"Example: python {os.path.relpath(__file__)} --num-envs 128 --resume auto"
+    example = f"Example: python {script_path()} --num-envs 128 --resume auto"
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         tyro.cli(Args, description="\n\n".join([title, example, *legend]), args=["--help"])
     lines = text.getvalue().splitlines()

@@ -375,6 +375,7 @@ SEAMS = {
     "error": "RND.forward",
     "statistics": "merge_batch",
     "update": "update",
+    "random play": "random_play",
     "minibatch": "minibatch",
     "loss": "losses",
     "workers": "VectorEnv.__init__",
@@ -455,8 +456,9 @@ def few_files(script):
     resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 
 
-def reader_leaves(script, *streams):
-    """As with `| head`: after a rollout nobody reads these streams any more. And as with `nohup`, SIGHUP is ignored."""
+def reader_leaves(script, seam, *streams):
+    """As with `| head`: from the first call of the function at `seam` on nobody reads these streams any more. And as
+    with `nohup`, SIGHUP is ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     reader, writer = os.pipe()
     for stream in streams:
@@ -464,13 +466,13 @@ def reader_leaves(script, *streams):
         setattr(sys, {1: "stdout", 2: "stderr"}[stream], os.fdopen(stream, "w", buffering=1, closefd=False))
     os.close(writer)
 
-    def hook(number, update, *args, **kwargs):
+    def hook(number, function, *args, **kwargs):
         if number == 1:
             os.close(reader)
             os.kill(os.getpid(), signal.SIGHUP)
-        return update(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    wrap(script, "update", hook)
+    wrap(script, seam, hook)
 
 
 def tracking(script, mode, first=""):

@@ -828,6 +828,44 @@ def test_the_predictor_learns_from_32_environments_worth(monkeypatch, tmp_path, 
     assert [(share, count) for *_, share, count in steps] == [(num_envs // 4 * proportion, num_envs // 4)] * 4
 
 
+def test_the_predictors_share_follows_the_environments_of_all_processes(monkeypatch):
+    """Two processes of 32 environments are 64: half of each minibatch."""
+    rollout = Rollout(4, 32)
+    for processes, size in ((1, 4 * 32), (2, 4 * 16), (4, 4 * 8)):
+        monkeypatch.setattr(script, "PROCESSES", processes)
+        batch = minibatch(rollout, no_targets(rollout), whitening_by(100.0), torch.arange(32), Args(num_envs=32))
+        assert len(batch["rnd_obs"]) == size
+
+
+def test_the_advantages_are_made_from_the_scaled_bonus_and_one_optimiser_has_all_parameters(monkeypatch, tmp_path):
+    """What `train` passes from one part to the next. The epsilon of Adam is the paper's code's, not CleanRL's 1e-5."""
+    sessions, used, logged = [], [], []
+    make, estimate, measure = script.Session, script.advantages_and_returns, script.rollout_metrics
+
+    def note_session(*args):
+        sessions.append(make(*args))
+        return sessions[-1]
+
+    def note_rewards(rollout, int_rewards, args):
+        used.append(int_rewards.copy())
+        return estimate(rollout, int_rewards, args)
+
+    def note_bonus(rollout, targets, raw, int_rewards, rnd, optimizer):
+        logged.append(raw / rnd.int_return_rms.std)
+        return measure(rollout, targets, raw, int_rewards, rnd, optimizer)
+
+    monkeypatch.setattr(script, "Session", note_session)
+    monkeypatch.setattr(script, "advantages_and_returns", note_rewards)
+    monkeypatch.setattr(script, "rollout_metrics", note_bonus)
+    train_on_script(monkeypatch, tmp_path, num_envs=4, num_steps=6, total_rollouts=2, obs_norm_rollouts=1)
+    np.testing.assert_allclose(used, logged, rtol=1e-5)
+    [session] = sessions
+    [group] = session.optimizer.param_groups
+    assert (type(session.optimizer), group["eps"], group["betas"]) == (torch.optim.Adam, 1e-8, (0.9, 0.999))
+    trained = [*session.agent.parameters(), *session.rnd.predictor.parameters()]
+    assert {id(p) for p in group["params"]} == {id(p) for p in trained} and len(group["params"]) == len(trained)
+
+
 def test_warm_up_and_the_order_of_statistics(monkeypatch, tmp_path):
     """Random actions for --obs-norm-rollouts rollouts, then a reset. The bonus sees the statistics from before its
     rollout, the predictor trains with those from after it [specification, 9]."""

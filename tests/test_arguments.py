@@ -44,6 +44,7 @@ BAD += [
     ("--env-id no/such:thing", ["--env-id", "no/such:thing"]),
     ("--env-id MontezumaRevenge-v5", ["'MontezumaRevenge-v5'; try ALE/MontezumaRevenge-v5, "]),
     ("--exp-name a/b", ["--exp-name", "without slashes", "a/b"]),
+    ("--num-envs 1 --num-steps 1 --num-minibatches 1", ["--num-steps", "2 or more"]),
     ("--norm-adv --num-envs 4 --num-steps 1", ["--norm-adv", "two samples or more"]),
     ("--resume missing.pt", ["missing.pt", "expected a checkpoint"]),
     ("--play missing.pt", ["missing.pt", "expected a checkpoint"]),

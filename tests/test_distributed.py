@@ -1,6 +1,7 @@
 """Several processes: two of them do what one does with all the data, and stay identical."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rnd_ppo_atari as rnd_ppo
 
@@ -31,20 +33,34 @@ import sys
 import torch, torch.distributed as dist
 sys.path.insert(0, {root!r})
 import rnd_ppo_atari as R
-kept, make = [], R.Agent
+kept, make = [], R.Session
 def keep(*args):
     kept.append(make(*args))
     return kept[-1]
-R.Agent = keep
+R.Session = keep
 destroy = dist.destroy_process_group
 def compare_and_destroy():
-    weights = torch.cat([p.detach().flatten() for p in kept[0].parameters()])
+    parameters = [*kept[0].agent.parameters(), *kept[0].rnd.parameters()]
+    statistics = torch.tensor([kept[0].rnd.int_return_rms.mean, kept[0].rnd.int_return_rms.std], dtype=torch.float32)
+    weights = torch.cat([*(p.detach().flatten() for p in parameters), statistics.flatten()])
     others = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
     dist.all_gather(others, weights)
     print("EQUAL", all(torch.equal(weights, other) for other in others), flush=True)
     destroy()
 dist.destroy_process_group = compare_and_destroy
-R.train(R.Args(num_envs=4, num_steps=8, total_rollouts=10, obs_norm_rollouts=1, num_workers=1, run_dir={out!r}))
+options = dict(num_envs=4, num_steps=8, obs_norm_rollouts=1, max_episode_steps=3, num_workers=1)
+R.train(R.Args(total_rollouts=10, run_dir={out!r}, **options))
+"""
+
+RESUME = """
+import sys
+sys.path.insert(0, {root!r})
+import rnd_ppo_atari as R
+options = dict(num_envs=4, num_steps=8, obs_norm_rollouts=1, max_episode_steps=3, num_workers=1)
+try:
+    R.train(R.Args(total_rollouts=20, run_dir={out!r} + "/elsewhere" * R.RANK, resume="auto", **options))
+except R.UsageError as error:
+    print("REFUSED", error, flush=True)
 """
 
 
@@ -108,3 +124,14 @@ def test_processes_end_with_identical_weights(tmp_path):
     first, second = (rank["envs"] for rank in state["ranks"])
     assert len(first) == len(second) == 4
     assert all(a["rng"] != b["rng"] for a, b in zip(first, second, strict=True))
+    first, second = (rank["rng"] for rank in state["ranks"])  # from which actions are drawn
+    assert not torch.equal(first, second)
+    ends = EventAccumulator(str(path.parent), dict(scalars=0)).Reload().Scalars("charts/episodic_length")
+    steps = [event.step for event in ends]
+    assert len(steps) == 26 * 8 and steps == sorted(steps)
+
+    refusals = re.findall("REFUSED (.*)", torchrun(RESUME, tmp_path))
+    assert len(refusals) == 2
+    assert all(
+        "same checkpoint in every process, got" in line and "checkpoint_000010.pt, None" in line for line in refusals
+    )

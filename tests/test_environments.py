@@ -100,6 +100,25 @@ def test_gray_of_every_color_of_many_games():
     assert Game("ALE/Pacman-v5", 0).palette is None
 
 
+@pytest.mark.parametrize("skip", [1, 2, 4])
+def test_a_frame_is_the_maximum_of_at_most_two_screens(monkeypatch, skip):
+    """A copy of the script may skip no frames. Then there is one screen, and nothing to take a maximum with: that of
+    before the first step is filled with color 0, which is the brightest here."""
+    monkeypatch.setattr(Game, "SKIP", skip)
+    env, frame, drawn = Env(BREAKOUT), blank(), []
+    env.game.palette = np.concatenate([[255], np.random.default_rng(0).permutation(255)]).astype(np.uint8)
+    env.game.act, env.game.over = (lambda action: 0.0), (lambda: False)
+
+    def draw(screen):
+        drawn.append(len(drawn) + 1)
+        screen[:] = drawn[-1]
+
+    env.game.draw = draw
+    for _ in range(50):
+        env.step(0, frame)
+        assert (frame == env.game.palette[drawn[-2 if skip > 1 else -1 :]].max()).all()
+
+
 def test_a_lost_life_is_not_an_end():
     """Episodes that end with a life would cut Montezuma's Revenge after the first fall. Breakout has five lives."""
     env, frame, lives = Env(BREAKOUT, sticky_action_prob=0.0), blank(), [5]

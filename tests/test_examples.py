@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -134,6 +135,15 @@ def test_the_goal_ends_the_episode_as_a_success(minigrid):
     assert set(summary["visits"]) == {5 * y + x for x, y in ((2, 1), (3, 1), (3, 2), (3, 3))}
 
 
+def test_lava_ends_the_episode_without_success(minigrid):
+    env = environment(minigrid, "MiniGrid-LavaGapS5-v0@1")
+    first_frame(env)
+    seen = play(env, np.random.default_rng(0).integers(3, size=2000))
+    episodes = [item[3]["stats"] for item in seen if isinstance(item, tuple) and item[3]]
+    assert {(stats["episodic_success"], stats["episodic_return"] > 0) for stats in episodes} == {(0, False), (1, True)}
+    assert min(stats["episodic_length"] for stats in episodes if not stats["episodic_success"]) < 10
+
+
 def test_the_frame_is_what_minigrid_renders_for_the_agent(minigrid):
     """In gray: 7 x 7 cells of 12 x 12 pixels. SKIP is 1, so nothing of the frame before shows through."""
     cv2 = pytest.importorskip("cv2")
@@ -220,6 +230,7 @@ def write_run(folder, episodes):
                 writer.add_scalar(f"charts/episodic_achievement_{number}", number in unlocked, step)
             writer.add_scalar("charts/episodic_return", 0.0, step)
             writer.add_scalar("charts/episodic_achievement_0_mean100", 0.5, step)
+        writer.add_scalar("charts/SPS", 100.0, 128 * math.ceil(step / 128))  # the rollout in which the last one ends
 
 
 def score(arguments, cwd):
@@ -235,6 +246,8 @@ def test_the_score_is_that_of_the_paper(tmp_path):
     assert done.returncode == 0, done.stderr
     a, b = json.loads((tmp_path / "out.json").read_text())
     assert (a["episodes"], b["episodes"]) == (2, 1)
+    assert (a["steps"], b["steps"]) == (1000, 512)
+    assert done.stderr == "warning: b ends at step 512 of 1000\n"
     assert a["rates"]["achievement_7"] == 50 and a["rates"]["achievement_3"] == 0
     assert a["score"] == pytest.approx((101 * 51) ** (1 / 22) - 1)
     assert b["score"] == pytest.approx(101 ** (1 / 22) - 1)

@@ -198,8 +198,8 @@ def test_second_signal_stops_at_once(start, stopped, second):
 
 def test_signal_with_a_full_disk(start):
     """Nothing can be saved: the line says so, and the checkpoint offered is one that there is, not None."""
-    run = start(f"{QUICK} --total-rollouts 1000")
-    run.until(run.saved)
+    run = start(f"{QUIET} --total-rollouts 1000")
+    run.until_rollout(2)
     run.limit_files(2**20)
     os.kill(run.pid, signal.SIGTERM)
     run.ends(128 + signal.SIGTERM, SOON)
@@ -255,10 +255,11 @@ def test_packages_removed_under_a_running_process(start, tmp_path, monkeypatch):
     assert run.script.load_checkpoint(path)[1]["progress"]["iteration"] >= 2
 
 
-@pytest.mark.parametrize("streams", [(1,), (1, 2)], ids=["stdout", "both"])
-def test_a_reader_that_leaves_does_not_stop_the_run(start, uninterrupted, streams):
+@pytest.mark.parametrize("streams", [(1,), (2,), (1, 2)], ids=["stdout", "stderr", "both"])
+@pytest.mark.parametrize("moment", ["random play", "update"])
+def test_a_reader_that_leaves_does_not_stop_the_run(start, uninterrupted, moment, streams):
     """`| head`, `2>&1 | head`, and a terminal that goes after `nohup`: the run goes on without a screen."""
-    run = start(f"{QUICK} --total-rollouts 4", fault=(reader_leaves, *streams))
+    run = start(f"{QUICK} --total-rollouts 4", fault=(reader_leaves, moment, *streams))
     run.ends()
     assert_same_run(run, uninterrupted, 4)
 
@@ -387,6 +388,16 @@ def test_disk_full(start, uninterrupted):
     run.ends()
     assert run.saved() == [8]
     assert_same_run(run, uninterrupted, 8)
+
+
+def test_the_last_save_is_tried_again_at_the_end(start, uninterrupted):
+    """There is no later one: up to --save-interval rollouts would be lost."""
+    run = start(f"{QUICK} --total-rollouts 4 --save-interval 4", fault=(raises, "checkpoint", 2, OSError("no space")))
+    run.ends()
+    assert "warning: no checkpoint written (no space)" in run.stdout
+    assert run.saved() == [0, 4]
+    assert run.offered == [run.directory / "checkpoint_000004.pt"]
+    assert_same_run(run, uninterrupted, 4, ignore=UNSAVED)
 
 
 def test_directory_gone_while_saving(start, uninterrupted):

@@ -98,6 +98,28 @@ def test_wheel_works_from_anywhere(built, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_the_oldest_packages_that_are_allowed(tmp_path):
+    """The lower bounds in pyproject.toml, but for torch and NumPy, which are too large to be fetched here."""
+    bounds = re.findall(r'^    "(\S+)>=(\S+)",$', PROJECT, re.M)
+    oldest = [f"{name}=={version}" for name, version in bounds if name not in ("torch", "numpy")]
+    assert len(oldest) == 4
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "oldest", *oldest)
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path / "oldest"), OMP_NUM_THREADS="1")
+    for rollouts in (1, 2):
+        small = f"--num-envs 4 --num-steps 8 --obs-norm-rollouts 1 --total-rollouts {rollouts} --max-episode-steps 5"
+        command = [sys.executable, SCRIPT, *small.split(), "--num-workers", "1", "--resume", "auto"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    [path] = tmp_path.glob("runs/*/checkpoint_000002.pt")
+    assert list(path.parent.glob("*tfevents*"))
+    code = "import importlib.metadata as m; print(*(m.version(name) for name in %r))" % [name for name, _ in bounds]
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    versions = dict(zip([name for name, _ in bounds], found.stdout.split(), strict=True))
+    assert all(versions[pin.split("==")[0]].startswith(pin.split("==")[1]) for pin in oldest)
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_script_and_folder_without_a_compiler(tmp_path):
     """Alone in a directory, nothing compiled, nothing installed: trains a rollout of the real game on NumPy."""
     python, folder = environment(tmp_path / "venv"), tmp_path / "copy"

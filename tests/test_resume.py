@@ -24,6 +24,7 @@ from runs import (
     assert_same_run,
     checkpoint,
     die,
+    events,
     gates,
     serialized,
     unprivileged,
@@ -552,6 +553,35 @@ def test_second_run_on_a_directory_is_refused(start, uninterrupted):
         print(f"refused after {took:.2f} s")
     first.ends()
     assert_same_run(first, uninterrupted, 4)
+
+
+def test_what_was_saved_while_the_lock_was_waited_for_is_not_overwritten(stopped, uninterrupted):
+    """As when a run is told to stop and started again at once: it has found rollout 2, and the old process saves 4."""
+    directory = stopped(2)
+    path, state = script.load_checkpoint(directory)
+    run = script.Run(script.Args(**script.saved_args(state)), path, state)
+    shutil.copy(checkpoint(uninterrupted, 4), directory)
+    for _ in range(2):  # and the lock is free again
+        with pytest.raises(script.UsageError, match="saved meanwhile; start again"), run:
+            pass
+    path, state = script.load_checkpoint(directory)
+    with script.Run(run.args, path, state) as run:
+        assert run.dir == directory
+
+
+def test_a_run_that_stops_in_its_first_rollout_has_all_tabs_later(start):
+    """TensorBoard's custom scalars and HParams are written with the first curves, which may be in a resumed process."""
+    run = start(f"{QUICK} --total-rollouts 2", fault=(gates, 1))
+    run.until_said("gate 1\n")
+    os.kill(run.pid, signal.SIGTERM)
+    run.ends(128 + signal.SIGTERM)
+    assert run.saved() == [0] and not list(run.directory.glob("*tfevents*"))
+    for rollouts in (2, 4):
+        run = start(f"{QUICK} --total-rollouts {rollouts}")
+        run.ends()
+        assert run.resumed == [f"checkpoint_{rollouts - 2:06d}.pt"]
+        found = events(run.directory)
+        assert all(len(found.PluginTagToContent(plugin)) > 0 for plugin in ("hparams", "custom_scalars"))
 
 
 def test_stale_lock_is_not_in_the_way(start, resume):

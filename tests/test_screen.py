@@ -96,3 +96,13 @@ def test_the_end_says_what_next(base_run):
         ["tensorboard", "--logdir", "$RUN"],
         ["python", "tools/watch.py", "$RUN", "--video", "out.mp4"],
     ]
+
+
+def test_commands_name_the_script_on_another_drive_of_windows(monkeypatch):
+    """From there no relative path leads to it."""
+
+    def relpath(path):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr(os.path, "relpath", relpath)
+    assert script.script_path() == script.__file__

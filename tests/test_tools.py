@@ -706,6 +706,14 @@ def test_time_is_that_of_training_and_starts_with_the_run(tmp_path):
     assert curves["a"][0].tolist() == [40]
 
 
+def test_time_starts_with_the_run_that_began_with_the_checkpoint_of_another(tmp_path):
+    """Its first rollout ends at step 1100; the thousand before it took this run no time."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in (1100, 1200):
+            writer.add_scalar("charts/SPS", 10, step)
+    assert plot.read(tmp_path, "time")["charts/SPS"][0].tolist() == [10, 20]
+
+
 @pytest.mark.parametrize(
     "seconds, name, unit",
     [(0.5, "seconds", 1), (119, "seconds", 1), (120, "minutes", 60), (7200, "hours", 3600), (1e6, "days", 86400)],

@@ -223,6 +223,26 @@ def test_greedy_play_without_sticky_actions_is_deterministic(base_run):
     assert episodes[0] == episodes[1]
 
 
+def test_play_has_the_precision_that_is_asked_for(base_run, tmp_path, monkeypatch):
+    """That of the checkpoint, or of --precision."""
+    made, make = [], script.Agent
+    monkeypatch.setattr(script, "Agent", lambda *args: made.append(args) or make(*args))
+    path = str(last_checkpoint(base_run[1]))
+    for precision in ("bf16", "fp32"):
+        script.play(Args(play=path, episodes=1, max_episode_steps=3, precision=precision))
+    assert [args[2] for args in made] == [True, False]
+
+
+def test_statistics_that_a_copy_renames_do_not_end_a_resumed_run():
+    """Older episodes of the last 100 have the old name, newer ones the new one."""
+    progress = script.Progress()
+    common = dict(episodic_return=1.0, episodic_length=10)
+    for stats in (dict(keys=1.0), dict(keys=3.0), dict(doors=5.0)):
+        progress.add(dict(stats=common | stats, visits={}))
+    scalars = progress.scalars()
+    assert (scalars["charts/keys"], scalars["charts/doors"], scalars["charts/episodic_return_mean100"]) == (2, 5, 1)
+
+
 def test_importing_has_no_side_effects(tmp_path):
     """No arguments parsed, no files, output, processes, threads, seeds or signal handlers: a notebook can import it."""
     code = f"""

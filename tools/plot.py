@@ -113,7 +113,9 @@ def against_time(run: Path, curves: Curves) -> Curves:
     if tag not in curves:
         raise UsageError(f"{run}: expected a run that logs {tag}, found none; leave out --x time")
     steps, speed = curves[tag]
-    seconds = np.cumsum(np.diff(steps, prepend=0) / speed)
+    # A run that began with the checkpoint of another starts with that one's steps, which took it no time.
+    before = 2 * steps[0] - steps[1] if len(steps) > 1 else 0
+    seconds = np.cumsum(np.diff(steps, prepend=before) / speed)
     return {tag: (np.interp(x, steps, seconds), y) for tag, (x, y) in curves.items()}
 
 
