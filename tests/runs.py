@@ -63,6 +63,7 @@ def fork(cwd, name, arguments, fault, outputs):
     """Body of a forked run: `python NAME.py ARGUMENTS` in this process and directory, after `fault`."""
     multiprocessing.set_start_method(None, force=True)  # as in a new process, not as in the server
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     os.chdir(cwd)
     for fd, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), fd)  # opened for reading too, a terminal controls the session

@@ -185,7 +185,7 @@ def test_second_signal_stops_at_once(start, stopped, second):
     """While the first one's save hangs on a slow disk; the checkpoint before it stays."""
     stopped(2)
     run = start(f"{QUIET} --total-rollouts 100", fault=(slow_disk, 60, 2))
-    run.until_rollout(3)
+    run.until_rollout(4)
     os.kill(run.pid, signal.SIGINT)
     path = run.until_saving()
     assert run.code is None and path != checkpoint(path.parent, 2)
