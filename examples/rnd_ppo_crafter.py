@@ -14,8 +14,8 @@ check_finite, with_bar and say.
 
 Legend: T steps of a rollout, N environments of this process, A actions; arrays of a rollout are (T, N, ...). A plain
 name (`rewards`, `values`, ...) belongs to the game's stream, which ends with the episode. A name with `int_` in front
-belongs to the stream of the intrinsic reward, which does not. "Burda" is Burda et al. 2018, arXiv:1810.12894, and the
-code published with it; "Machado" is Machado et al. 2018, arXiv:1709.06009.
+belongs to the stream of the intrinsic reward, which does not, unless --int-episodic says so. "Burda" is Burda et al.
+2018, arXiv:1810.12894, and the code published with it; "Machado" is Machado et al. 2018, arXiv:1709.06009.
 
 Variant of rnd_ppo_atari.py: Crafter (`pip install crafter numba`), as in the unsupervised RND of Hafner 2021,
 arXiv:2109.06780. "Hafner" is the code of that baseline, github.com/danijar/crafter-baselines. An action is one step.
@@ -297,20 +297,22 @@ class Env:
     def summary(self) -> dict[str, Any]:
         """What the log needs to know about the episode, in plain types."""
         stats = {name: float(value) for name, value in self.game.statistics().items()}
-        stats |= dict(episodic_return=self.episode_return, episodic_length=self.steps, rooms=len(self.visits))
+        stats |= dict(episodic_return=self.episode_return, episodic_length=self.steps)
+        if self.visits:
+            stats["rooms"] = len(self.visits)
         return dict(env=self.index, stats=stats, visits=self.visits, executed=bytes(self.executed))
 
     def get_state(self) -> dict[str, Any]:
         """The complete state in plain types; any Env of the same game continues from it identically."""
         state = {name: copy.copy(getattr(self, name)) for name in ("last_action", "steps", "episode_return", "visits")}
-        state["executed"] = self.executed.decode("ascii")
+        state["executed"] = self.executed.decode("latin-1")
         return state | dict(rng=self.rng.bit_generator.state, game=self.game.get_state())
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from what `get_state` returned."""
         for name in ("last_action", "steps", "episode_return"):
             setattr(self, name, state[name])
-        self.visits, self.executed = dict(state["visits"]), bytearray(state["executed"], "ascii")
+        self.visits, self.executed = dict(state["visits"]), bytearray(state["executed"], "latin-1")
         self.rng.bit_generator.state = state["rng"]
         self.game.set_state(state["game"])
         self.room = self.game.room()
@@ -619,7 +621,7 @@ def update(agent, rnd, optimizer, rollout: Rollout, targets: dict, clip: float, 
 
     Each pass shuffles the environments and deals all of them out to the minibatches, so it uses every sample once.
     """
-    params = optimizer.param_groups[0]["params"]  # of the policy and the predictor; the target never learns
+    params = [p for group in optimizer.param_groups for p in group["params"]]  # the policy's and the predictor's
     metrics = []  # on the device until the last step is done: waiting for each would leave a GPU idle
     for _ in range(args.update_epochs):
         for envs in torch.randperm(rollout.num_envs).to(rollout.device).chunk(args.num_minibatches):
@@ -641,7 +643,7 @@ def update(agent, rnd, optimizer, rollout: Rollout, targets: dict, clip: float, 
 
 def random_play(envs: VectorEnv, rollout: Rollout, rnd: RND, rollouts: int) -> None:
     """Start the observation statistics with random actions, then start every environment anew [Burda, 2.4]."""
-    rollout.start_episodes(envs.reset())
+    envs.reset()
     for _ in with_bar("random play", rollouts):
         for t, actions in enumerate(torch.randint(envs.num_actions, rollout.actions.shape).numpy()):
             rollout.next_frames[t] = torch.from_numpy(envs.step(actions)[0])
@@ -652,7 +654,7 @@ def random_play(envs: VectorEnv, rollout: Rollout, rnd: RND, rollouts: int) -> N
 def train(args: Args) -> Path | None:
     """Train, or continue a run; return the path of the last checkpoint. Under torchrun every process calls this.
 
-    Raises UsageError for arguments that cannot work, RuntimeError if a worker fails, FloatingPointError after a NaN.
+    Raises UsageError for arguments that cannot work, ChildProcessError if a worker fails, FloatingPointError after NaN.
     """
     check_args(args)
     path, state = find_checkpoint(args)
@@ -716,7 +718,7 @@ class VectorEnv:
     results depend neither on `num_workers` (0: one per core) nor on `num_groups`. `options` are those of Env. `rooms`,
     int64 (N,), is the room that each player is in, -1 where it is not known.
 
-    Raises RuntimeError, naming the worker, its environments and the cause, if a worker fails, dies or cannot start.
+    Raises ChildProcessError, naming the worker, its environments and the cause, if one fails, dies or cannot start.
     """
 
     def __init__(self, env_id, num_envs, *, num_workers=0, num_groups=2, first_index=0, **options):
@@ -745,7 +747,8 @@ class VectorEnv:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise RuntimeError(f"cannot start {num_workers} workers ({error}); try fewer --num-workers") from error
+                problem = f"cannot start {num_workers} workers ({error}); try fewer --num-workers"
+                raise ChildProcessError(problem) from error
             raise
 
     def send(self, group: int, actions: np.ndarray) -> None:
@@ -794,7 +797,7 @@ class VectorEnv:
                 reply = f"it died with exit code {process.exitcode}"
             if isinstance(reply, str):
                 members = sorted(i for group in part for i in group)
-                raise RuntimeError(f"worker {number} (environments {members}) failed: {reply}")
+                raise ChildProcessError(f"worker {number} (environments {members}) failed: {reply}")
             replies += reply
         return replies
 
@@ -977,7 +980,7 @@ class Progress:
 
     def scalars(self) -> dict[str, float]:
         """Means over the last 100 episodes, bests and totals, by tag."""
-        scalars: dict[str, float] = {"charts/rooms_total": len(self.visits)}
+        scalars: dict[str, float] = {"charts/rooms_total": len(self.visits)} if self.visits else {}
         for name, best in self.best.items():
             suffix = "_mean100" if name.startswith("episodic") else ""
             values = [stats[name] for stats in self.recent if name in stats]  # a copy's statistics may have changed
@@ -1078,9 +1081,12 @@ class Run:
 
     def say_what_next(self) -> None:
         if not self.latest or not self.path:
-            say(f"stopped before the first save: nothing to continue in {self.dir}")
+            left = "the run is as it was" if self.in_place else f"nothing to continue in {self.dir}"
+            say(f"stopped before the first save: {left}")
             return
         script = script_path()
+        folder = Path(script).parent
+        tools = [path for path in (folder / "tools", folder.parent / "tools") if (path / "watch.py").exists()]
         say(f"saved {self.path}\nRUN='{self.dir}'")
         finished = self.progress.iteration >= self.args.total_rollouts
         longer = f" --total-rollouts {2 * self.args.total_rollouts}" if finished else ""
@@ -1088,8 +1094,9 @@ class Run:
             "continue": f'python {script} --resume "$RUN"{longer}',
             "evaluate": f'python {script} --play "$RUN"',
             "curves": 'tensorboard --logdir "$RUN"',
-            "video": 'python tools/watch.py "$RUN" --video out.mp4',
         }
+        if tools:
+            commands["video"] = f'python {tools[0] / "watch.py"} "$RUN" --video out.mp4'
         for purpose, command in commands.items():
             say(f"{command:62} # {purpose}")
 
@@ -1223,11 +1230,11 @@ def rollout_metrics(rollout, targets, raw, int_rewards, rnd, optimizer) -> dict[
     def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
         return 1 - (returns - values[:-1]).var() / returns.var().clamp(min=1e-30)
 
-    group = optimizer.param_groups[0]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     on_device = {
         "losses/explained_variance": explained_variance(rollout.values, targets["returns"]),
         "losses/int_explained_variance": explained_variance(rollout.int_values, targets["int_returns"]),
-        "rnd/largest_weight": torch.stack([p.detach().abs().max() for p in group["params"]]).max(),
+        "rnd/largest_weight": torch.stack([p.detach().abs().max() for p in params]).max(),
     }
     return dict(zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True)) | {
         "rnd/int_reward_raw": float(raw.mean()),
@@ -1235,7 +1242,7 @@ def rollout_metrics(rollout, targets, raw, int_rewards, rnd, optimizer) -> dict[
         "rnd/int_return_std": float(rnd.int_return_rms.std),
         "rnd/obs_mean": float(rnd.obs_rms.mean.mean()),
         "rnd/obs_std": float(rnd.obs_rms.std.mean()),
-        "charts/learning_rate": group["lr"],
+        "charts/learning_rate": optimizer.param_groups[0]["lr"],
     }
 
 
@@ -1276,14 +1283,14 @@ class Session:
 
     def snapshot(self, progress: Progress) -> dict:
         """A copy in plain types and tensors, taken between two rollouts."""
-        local = dict(
+        local = dict(  # what each process has of its own
             envs=self.envs.call("get_state"),
             rollout={name: view.clone() for name, view in self.rollout.tail().items()},  # not the whole rollout
             carry=self.rnd.carry.tolist(),
             rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         )
-        state = dict(
+        state = dict(  # what is the same in all processes
             format=FORMAT,
             script=Path(__file__).stem,
             args=vars(self.args),
@@ -1296,10 +1303,15 @@ class Session:
         return copy.deepcopy(state)  # training continues before it is saved
 
     def restore(self, state: dict) -> None:
-        """Continue from a snapshot."""
-        self.agent.load_state_dict(state["agent"])
-        self.rnd.load_state_dict(state["rnd"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Continue from a snapshot. Raises UsageError if it is of another algorithm."""
+        try:
+            self.agent.load_state_dict(state["agent"])
+            self.rnd.load_state_dict(state["rnd"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            expected = "--resume: expected a checkpoint of these networks; rename a script whose algorithm you change"
+            raise UsageError(f"{expected}, or give another --run-dir; got: {reason}") from None
         local = state["ranks"][RANK]
         self.envs.call("set_state", local["envs"])
         for name, view in self.rollout.tail().items():
@@ -1320,7 +1332,7 @@ def check_plain(value: Any, key: str) -> None:
         for i, item in enumerate(value):
             check_plain(item, f"{key}[{i}]")
     elif value is not None and type(value) not in (bool, int, float, str, bytes, torch.Tensor):
-        raise UsageError(f"{key}: expected plain types and tensors in a checkpoint, got {value!r}, {type(value)}")
+        raise UsageError(f"{key}: expected plain types and tensors in a checkpoint, got {type(value)}: {value!r:.60}")
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -1633,7 +1645,7 @@ def main() -> int:
     try:
         args = parse_args()
         play(args) if args.play else train(args)
-    except (UsageError, RuntimeError, FloatingPointError, OSError) as error:
+    except (UsageError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     return 0

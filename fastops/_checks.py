@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy import may_share_memory
 
-SIZE = 84  # the side of an observation
-MAX_SIDE = 4096  # the longest side of a frame; the row buffer in _frames.pyx is made for it
+SIZE = 84  # the side of an observation; after a change here, change it in _frames.pyx and install again
+MAX_SIDE = 4096  # the longest side of a frame, also in _frames.pyx: its row buffer is made for it
 TINY = float_info.min
 MAX = float_info.max
 UINT8 = np.dtype(np.uint8)

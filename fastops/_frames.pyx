@@ -11,6 +11,7 @@ The comment at a loop is the NumPy line that the loop stands for.
 
 from functools import lru_cache
 
+from . import _checks
 from ._checks import check_frames, check_gray
 from .reference import area_plan
 
@@ -33,6 +34,9 @@ cdef enum:
     SIZE = 84  # the side of an observation
     MAX_SIDE = 4096  # the longest side of a screen that check_frames accepts
     MARGIN = 64  # the bytes behind a row of pixels that `shrink` may read, with weight 0
+
+if (_checks.SIZE, _checks.MAX_SIDE) != (SIZE, MAX_SIDE):  # the checks would let through what these loops cannot hold
+    raise ImportError(f"_frames.pyx has SIZE {SIZE} and MAX_SIDE {MAX_SIDE}, not those of _checks.py")
 
 
 cdef class Plan:

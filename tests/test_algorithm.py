@@ -509,8 +509,10 @@ def test_value_losses_are_clipped_on_demand_only():
 
 
 @pytest.mark.parametrize("max_grad_norm, factor", [(0.0, 1.0), (1.0, 0.2), (10.0, 1.0)])
-def test_gradients_are_clipped_on_demand_only_and_together(monkeypatch, max_grad_norm, factor):
-    """One norm over policy and predictor, here 5; 0, the default, never clips."""
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_are_clipped_on_demand_only_and_together(monkeypatch, max_grad_norm, factor, apart):
+    """One norm over policy and predictor, here 5; 0, the default, never clips. A copy may give the predictor a group of
+    its own, for another learning rate: it is averaged over the processes and clipped all the same."""
     agent, rnd = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     params = [agent.weight, rnd.weight]
     before = [p.item() for p in params]
@@ -520,9 +522,13 @@ def test_gradients_are_clipped_on_demand_only_and_together(monkeypatch, max_grad
 
     monkeypatch.setattr(script, "minibatch", lambda *_: {})
     monkeypatch.setattr(script, "losses", slopes)
-    optimizer = torch.optim.SGD(params, lr=1.0)
+    groups = [dict(params=[agent.weight]), dict(params=[rnd.weight])] if apart else params
+    optimizer = torch.optim.SGD(groups, lr=1.0)
     args = Args(max_grad_norm=max_grad_norm, update_epochs=1, num_minibatches=1)
+    averaged = []
+    monkeypatch.setattr(script, "average_gradients", averaged.extend)
     update(agent, rnd, optimizer, Rollout(1, 1), {}, 0.1, args)
+    assert [id(p) for p in averaged] == [id(p) for p in params]
     steps = [b - p.item() for b, p in zip(before, params, strict=True)]
     close(steps, [3 * factor, 4 * factor], 1e-5)
     assert Args().max_grad_norm == 0

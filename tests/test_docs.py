@@ -20,7 +20,7 @@ DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").gl
 LINKED = [*DOCS, ROOT / "CHANGELOG.md"]
 NAMES = {path: str(path.relative_to(ROOT)) for path in LINKED}
 MEDIA = {".png", ".gif", ".jpg", ".jpeg", ".svg", ".webp", ".mp4", ".webm"}
-SCRIPTS = sorted(ROOT.glob("rnd_ppo_*.py"))
+SCRIPTS = [ROOT / f"rnd_ppo_{name}.py" for name in ("atari", "atari_lstm", "mario")]  # a clone may have copies, too
 
 # Commands that are not run here, by how they begin, and where else they are.
 COVERED = {
@@ -544,6 +544,31 @@ def test_a_copys_game_continues_from_its_state(name, tmp_path):
     after = play(first, actions[70:])
     assert after == play(second, actions[70:])
     assert any(done for _, done, _ in after)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("rnd_ppo_gym.py", "", ""),
+        ("rnd_ppo_maze.py", "return [self.row, self.column]", "return [0, 0]"),  # a state that is not complete
+        ("rnd_ppo_maze.py", "rnd=self.rnd.state_dict(),", "rnd=RND().state_dict(),"),  # weights that are not saved
+        ("rnd_ppo_maze.py", "carry=self.rnd.carry.tolist(),", "carry=[0.0] * 4,"),
+    ],
+)
+def test_the_pages_check_of_a_copy_finds_what_is_not_saved(name, old, new, tmp_path):
+    """With another copy than the page's, too: the two lines that name script and game are changed."""
+    [check] = [source for path in DOCS for _, other, source in examples(path) if other == "check_copy.py"]
+    check = check.replace("rnd_ppo_maze", Path(name).stem).replace("Maze-1", GAMES[name])
+    assert old in BUILT[name]
+    (tmp_path / name).write_text(BUILT[name].replace(old, new) if old else BUILT[name], "utf-8")
+    (tmp_path / "check_copy.py").write_text(check.replace("obs_norm", "int_return_filter='forward', obs_norm"), "utf-8")
+    done = subprocess.run([sys.executable, "check_copy.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    if old:
+        assert done.returncode == 1 and "AssertionError: these differ after a stop: " in done.stderr
+    else:
+        assert done.returncode == 0 and "a stopped run continues exactly" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", GAMES)

@@ -231,6 +231,28 @@ def test_numbers_of_numpy_become_plain(monkeypatch):
     assert summary == dict(env=3, stats=stats, visits={1: 2}, executed=bytes(8))
 
 
+def test_a_game_without_known_rooms_counts_none():
+    """Neither 0 nor 1: neither the log nor --play mentions them."""
+    env, frame = Env("ALE/Breakout-v5", max_episode_steps=1), blank()
+    _, _, summary = env.step(0, frame)
+    assert summary["stats"] == dict(episodic_return=0.0, episodic_length=1) and summary["visits"] == {}
+    progress = script.Progress()
+    progress.add(summary)
+    assert not [tag for tag in progress.scalars() if "room" in tag]
+
+
+def test_a_game_may_have_255_actions(monkeypatch):
+    """Which the state of an episode holds."""
+    env, frame = Env(MONTEZUMA), blank()
+    monkeypatch.setattr(env.game, "act", lambda action: 0.0)
+    monkeypatch.setattr(env, "sticky_action_prob", 0.0)
+    env.step(254, frame)
+    state, other = env.get_state(), Env(MONTEZUMA, index=1)
+    script.check_plain(state, "state")
+    other.set_state(state)
+    assert other.executed == bytearray([254] * 4)
+
+
 # --- Continuing from a state ---
 
 GAMES = sorted(name for name, spec in gym.registry.items() if name.startswith("ALE/") and name.endswith("-v5"))
@@ -541,7 +563,7 @@ def test_a_killed_worker_is_reported_within_a_second(victim):
         os.kill(process.pid, signal.SIGSTOP)  # so that the main process waits when the kill comes
         threading.Timer(0.3, os.kill, (process.pid, signal.SIGKILL)).start()
         start = time.perf_counter()
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(ChildProcessError) as caught:
             envs.step(np.zeros(4, np.int64))
         assert 0.2 < time.perf_counter() - start < 1.3
         message = str(caught.value)
@@ -556,7 +578,7 @@ def test_a_killed_worker_is_reported_within_a_second(victim):
 def test_a_worker_that_raises_is_reported_with_its_traceback():
     envs = VectorEnv(MONTEZUMA, 2, num_workers=2)
     try:
-        with pytest.raises(RuntimeError, match=r"(?s)worker \d.*IndexError"):
+        with pytest.raises(ChildProcessError, match=r"(?s)worker \d.*IndexError"):
             envs.step(np.array([0, 99]))
     finally:
         envs.close()

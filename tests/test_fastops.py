@@ -753,6 +753,15 @@ def test_compiled_kernels_are_used_however_installed_and_from_wherever_run(check
         checks.write("# changed since\n")
     assert backend(checkout, root)[0] == "cython"
 
+    checks = root / "fastops" / "_checks.py"
+    text = checks.read_text()
+    for changed in (text.replace("SIZE = 84", "SIZE = 100"), text.replace("MAX_SIDE = 4096", "MAX_SIDE = 10000")):
+        checks.write_text(changed)  # the kernels would write behind their arrays
+        name, _, warnings = backend(checkout, root)
+        assert name == "numpy" and "_frames.pyx has SIZE 84 and MAX_SIDE 4096, not those of _checks.py" in warnings
+    checks.write_text(text)
+    assert backend(checkout, root)[0] == "cython"
+
     source = root / "fastops" / "_stats.pyx"
     text = source.read_text()
     source.write_text(text + "\n# changed since\n")

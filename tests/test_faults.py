@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import time
 from collections import Counter, OrderedDict, defaultdict
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import SCRIPT, SMALL, run_script
 from runs import (
     QUICK,
     assert_clean,
@@ -264,6 +266,49 @@ def test_a_reader_that_leaves_does_not_stop_the_run(start, uninterrupted, moment
     assert_same_run(run, uninterrupted, 4)
 
 
+# --- A copy with a changed algorithm ---
+
+
+def changed(tmp_path, *changes):
+    """The path of a copy of the script, in which each (old, new) was replaced."""
+    text = SCRIPT.read_text("utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "mine.py").write_text(text, "utf-8")
+    return tmp_path / "mine.py"
+
+
+def test_a_mistake_in_a_copy_is_shown_with_its_place(tmp_path):
+    """Shapes that do not fit are no matter of the arguments: a traceback, not one line."""
+    copy = changed(tmp_path, ("nn.Linear(3136, 256)", "nn.Linear(1024, 256)"))
+    done = run_script(f"{SMALL} --total-rollouts 1", tmp_path, check=False, script=copy)
+    assert done.returncode == 1 and "error: " not in done.stderr
+    assert "Traceback" in done.stderr and "in collect" in done.stderr and "3136" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("nn.Linear(3136, 256)), relu", "nn.Linear(3136, 128)), relu, layer(nn.Linear(128, 256)), relu"),
+        ('self.rnd.load_state_dict(state["rnd"])', 'self.rnd.load_state_dict(state["novelty"])'),
+        ("fused=True)", 'fused=True)\n        optimizer.add_param_group({"params": [torch.zeros(1)]})'),
+    ],
+    ids=["network", "state", "optimizer"],
+)
+def test_a_run_of_an_algorithm_that_has_changed_since_is_refused(base_run, tmp_path, change):
+    """One line says why and what to do; the run stays as it is."""
+    shutil.copytree(base_run[1], tmp_path / "runs")
+    copy = changed(tmp_path, change).rename(tmp_path / SCRIPT.name)
+    before = {path: path.read_bytes() for path in tmp_path.glob("runs/*/*.pt")}
+    how = "--int-return-filter forward --total-rollouts 4 --num-workers 1 --resume auto"
+    done = run_script(f"{SMALL} {how}", tmp_path, check=False, script=copy)
+    assert done.returncode == 2
+    assert re.fullmatch("error: --resume: expected .* these networks; rename .*--run-dir; got: .*\n", done.stderr)
+    assert "the run is as it was" in done.stdout
+    assert {path: path.read_bytes() for path in tmp_path.glob("runs/*/*.pt")} == before
+
+
 # --- Workers ---
 
 
@@ -351,6 +396,12 @@ UNPLAIN = [
     defaultdict(int),
     ...,
 ]
+
+
+def test_what_cannot_be_saved_is_named_briefly():
+    with pytest.raises(script.UsageError, match="got <class 'numpy.ndarray'>: array") as caught:
+        script.check_plain([np.zeros((84, 84))], "state")
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("value", UNPLAIN, ids=repr)

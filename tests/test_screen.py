@@ -3,7 +3,9 @@
 import os
 import re
 import shlex
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,7 +84,8 @@ def test_what_has_no_value_yet_is_a_dash_and_the_room_one_is_in_counts(uninterru
 
 
 def test_the_end_says_what_next(base_run):
-    """With the run's directory in a variable and the script's path, so that the lines can be pasted into a shell."""
+    """With the run's directory in a variable and the paths of script and tool, so that the lines can be pasted into a
+    shell."""
     done, runs = base_run
     path = os.path.relpath(SCRIPT, runs.parent)  # the run was started in another directory than the script's
     [run] = runs.iterdir()
@@ -94,8 +97,25 @@ def test_the_end_says_what_next(base_run):
         ["python", path, "--resume", "$RUN", "--total-rollouts", "6"],  # a finished run needs a new end
         ["python", path, "--play", "$RUN"],
         ["tensorboard", "--logdir", "$RUN"],
-        ["python", "tools/watch.py", "$RUN", "--video", "out.mp4"],
+        ["python", path.replace(SCRIPT.name, "tools/watch.py"), "$RUN", "--video", "out.mp4"],
     ]
+
+
+def test_the_end_names_the_tool_for_videos_where_there_is_one(tmp_path, monkeypatch, capsys):
+    """Beside the script, or above as for examples/; a copy in another project has none."""
+    run = script.Run(script.Args(), None, None)
+    run.path, run.latest = Path("checkpoint_000001.pt"), {"format": 2}
+    monkeypatch.chdir(tmp_path)
+    for place, tool in ((".", "tools/watch.py"), ("examples", "tools/watch.py"), ("other", None)):
+        monkeypatch.setattr(script, "script_path", lambda place=place: os.path.join(place, "my.py"))
+        if tool:
+            Path(tool).parent.mkdir(exist_ok=True)
+            Path(tool).touch()
+        elif Path("tools").exists():
+            shutil.rmtree("tools")
+        run.say_what_next()
+        said = capsys.readouterr().out
+        assert re.findall(r"python (\S*watch\.py)", said) == [tool] * bool(tool), said
 
 
 def test_commands_name_the_script_on_another_drive_of_windows(monkeypatch):

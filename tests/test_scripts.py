@@ -30,7 +30,7 @@ PACKAGES = {
 }
 SCRIPTS = [BASE, *VARIANTS]
 # Below the line stands what users need besides the algorithm: it may be longer, but not denser.
-ALGORITHM, LINES, FUNCTION, LOOP, TOKENS = 723, 1660, 60, 30, 12.5
+ALGORITHM, LINES, FUNCTION, LOOP, TOKENS = 725, 1672, 60, 30, 12.5
 SECTIONS = [
     "Arguments",
     "The game",

@@ -1,5 +1,6 @@
 """The tools that show what a run has produced: files read back by other libraries, numbers computed another way."""
 
+import gc
 import itertools
 import json
 import math
@@ -233,6 +234,8 @@ def test_a_gif_three_times_as_fast_has_every_ninth_frame(run, tmp_path):
         (250, 160, (1000, 750)),
         (224, 240, (822, 672)),
         (84, 84, (252, 252)),
+        (160, 160, (480, 480)),
+        (240, 240, (720, 720)),
         (99, 85, (256, 297)),
     ],
 )
@@ -265,6 +268,41 @@ def test_a_game_without_colors_is_shown_in_its_gray(loaded):
     Own.picture = staticmethod(atari.ale.getScreenRGB)
     assert np.array_equal(watch.picture(Own()), watch.picture(atari))
     assert len(np.unique(watch.picture(atari).std(-1))) > 2  # it has colors
+
+
+def test_an_own_game_has_its_own_speed(loaded, tmp_path, monkeypatch, capsys):
+    """With FPS 15 and an action per frame: as long as its time of play, each image a single screen of the game."""
+    script, state = loaded
+    args = watch.checked_args(script, state, max_episode_steps=30, seed=1)
+    networks = watch.load_networks(script, state)
+    monkeypatch.setattr(script.Game, "FPS", 15, raising=False)
+    monkeypatch.setattr(script.Game, "SKIP", 1)
+    screens = [step.images[0] for step in watch.play(script, networks, args)]
+    steps = list(watch.play(script, networks, args, stride=3))
+    assert np.array_equal([image for step in steps for image in step.images], screens[::3])
+    assert steps[-1].seconds == 2 and watch.cells(steps[-1])["time"] == "0:02"
+
+    for suffix, speed, images, fps in ((".mp4", 1, 30, 15), (".mp4", 8, 15, 60), (".gif", 4, 10, 20)):
+        path = tmp_path / f"a{suffix}"
+        command = f"RUN --video {path} --speed {speed} --max-steps 30 --scale 2"
+        watch.record_videos(watch.parse(command.split()), script, state)
+        assert "30 frames, 0:02 of play" in capsys.readouterr().out
+        shown, rate = video(path)
+        assert (len(shown), rate) == (images, fps)
+
+
+def test_an_episode_leaves_no_emulator(loaded):
+    """A copy's emulator may be a process of its own: of many episodes one after the other, one is alive."""
+    script, _ = loaded
+    gc.disable()
+    try:
+        for _ in range(2):
+            play(loaded, stride=0, max_episode_steps=2)
+        next(watch.play(script, watch.load_networks(*loaded), watch.checked_args(*loaded)))  # not played to its end
+        alive = [thing for thing in gc.get_objects() if type(thing) is script.Game]
+    finally:
+        gc.enable()
+    assert not alive
 
 
 def test_several_episodes_have_a_file_each(run, tmp_path):
@@ -322,6 +360,16 @@ def test_replay_is_the_recorded_episode(run, loaded, tmp_path, capsys):
         assert watch.main([str(arg) for arg in argv]) == 0
         assert "a.mp4: replay, return 0, 80 frames" in capsys.readouterr().out
         assert len(video(tmp_path / "a.mp4")[0]) == 80
+
+
+@pytest.mark.parametrize("change", [dict(rooms=2), dict(episodic_return=100.0), {}])
+def test_a_replay_that_differs_from_the_recorded_episode_is_reported(change, run, tmp_path, capsys):
+    """As in a game whose episodes begin differently; nothing is said of the same one."""
+    recorded = json.loads((run / "best_episode.json").read_text()) | change
+    (tmp_path / "a.json").write_text(json.dumps(recorded))
+    argv = [run, "--video", tmp_path / "a.mp4", "--scale", 2, "--replay", tmp_path / "a.json"]
+    assert watch.main([str(arg) for arg in argv]) == 0
+    assert ("warning: not the recorded episode" in capsys.readouterr().out) == bool(change)
 
 
 def test_a_replay_that_is_none_is_refused(run, tmp_path, capsys):
@@ -443,7 +491,7 @@ def test_numbers_are_the_agents(loaded):
 
 
 def play_step(images=(), frames=4, room=None, score=0.0, reward=0.0, value=0.0, bonus=0.1):
-    return watch.Step(list(images), frames, room, score, reward, value, value, bonus, bonus)
+    return watch.Step(list(images), frames, frames / 60, 1, room, score, reward, value, value, bonus, bonus)
 
 
 def test_numbers_are_written_as_a_reader_expects():
@@ -624,10 +672,26 @@ def test_watch_refuses_a_script_that_is_none(run, loaded, tmp_path, capsys):
         return refusal(capsys, watch.main, run, *out, "--script", tmp_path / "other.py")
 
     assert "--script: expected" in refusal(capsys, watch.main, run, *out, "--script", tmp_path / "nowhere.py")
-    assert "found no Args, Env, Game, RND" in refused("x = 1\n")
+    assert "found no Args, Env, Game, UsageError" in refused("x = 1\n")
     assert "not_there" in refused("import not_there\n")
     assert "can be imported" in refused("import sys\nsys.exit('usage')\n")
     assert "SyntaxError" in refused("def\n")
+
+
+def test_a_copy_with_another_bonus_than_rnd_is_watched_without_it(run, tmp_path, capsys):
+    """One that needs arguments is refused in one line, and its weights can be exported."""
+    copy = tmp_path / SCRIPT.name
+    text = SCRIPT.read_text("utf-8")
+    copy.write_text(re.sub(r"\bRND\b(?=[(:])", "ICM", text), "utf-8")
+    assert watched(run, tmp_path / "a.mp4", "--script", copy) == 0
+    assert len(video(tmp_path / "a.mp4")[0]) == 4 * STEPS
+    copy.write_text(
+        text.replace(
+            "def __init__(self, int_gamma: float = 0.99,", "def __init__(self, actions: int, int_gamma: float = 0.99,"
+        )
+    )
+    said = refusal(capsys, watch.main, run, "--video", tmp_path / "b.mp4", "--script", copy)
+    assert "missing 1 required positional argument: 'actions'" in said
 
 
 def test_watch_refuses_a_checkpoint_of_another_script(loaded, tmp_path, capsys):

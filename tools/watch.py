@@ -44,7 +44,7 @@ except ImportError as problem:
     sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
-FPS = 60  # of every emulator
+FPS = 60  # of the emulators here; a copy's class Game can have another number as its FPS
 
 INK, GRAY, LINE, PAPER = (240, 240, 245), (140, 144, 156), (70, 74, 86), (17, 18, 23)
 SURPRISE, SURPRISE_DARK, REWARD = (255, 148, 48), (115, 66, 22), (74, 222, 128)
@@ -59,7 +59,7 @@ class UsageError(ValueError):
 # === 1. The checkpoint and its script =================================================================================
 
 # What the tools use of a script.
-NEEDED = ("Args", "Env", "Game", "RND", "UsageError", "load_agent", "load_checkpoint", "play_episode", "saved_args")
+NEEDED = ("Args", "Env", "Game", "UsageError", "load_agent", "load_checkpoint", "play_episode", "saved_args")
 
 
 def load(path: str | Path, script: str | Path = "") -> tuple[Path, ModuleType, dict]:
@@ -140,18 +140,19 @@ def checked_args(script: ModuleType, state: dict, **changes: Any) -> Any:
 
 
 def load_networks(script: ModuleType, state: dict) -> tuple[Any, Any]:
-    """The agent, and RND with its statistics, or None where the weights were exported without."""
+    """The agent, and RND with its statistics, or None where the weights were exported without or a copy has none."""
     try:
         agent, rnd = script.load_agent(state), None
-        if "rnd" in state:
+        if "rnd" in state and hasattr(script, "RND"):
             rnd, saved = script.RND(), state["rnd"]
             if "obs_rms" in state:  # format 1 keeps the statistics beside the networks
                 saved = saved | dict(_extra_state={name: state[name] for name in ("obs_rms", "int_return_rms")})
             rnd.load_state_dict(saved)
         return agent, rnd
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         expected = f"expected the networks of {script.__file__}, got a checkpoint of others"
-        raise UsageError(f"{expected}; name the script that made it with --script") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{expected}; name the script that made it with --script: {reason:.200}") from error
 
 
 # === 2. An episode ====================================================================================================
@@ -161,7 +162,9 @@ class Step(NamedTuple):
     """What the video shows of a step."""
 
     images: list[np.ndarray]  # uint8 (H, W, 3), of its frames that are not skipped
-    frames: int  # of the episode so far
+    frames: int  # of the episode so far, as the next two
+    seconds: float
+    rooms: int
     room: int | None
     score: float  # of the episode so far
     reward: float
@@ -184,16 +187,25 @@ def play(script: ModuleType, networks: tuple, args: Any, index: int = 0, stride:
     if not set(replay) <= set(choices):
         raise UsageError(f"--replay: expected actions from 0 to {choices[-1]}, got others")
     images = film(env.game, stride, replay)
-    for _, reward, value, int_value, frame, _ in script.play_episode(agent, env, args.greedy):
-        bonus = scaled_bonus = None
-        if rnd:
-            bonus = rnd.bonus(torch.from_numpy(frame)[None, None]).item()
-            scaled_bonus = bonus / float(rnd.int_return_rms.std)
-        frames, score = len(env.executed), env.episode_return
-        yield Step(images.copy(), frames, env.room, score, reward, value, int_value, bonus, scaled_bonus)
-        images.clear()
-        if 0 < len(replay) <= frames:  # it may have ended with a step limit
-            break
+    try:
+        for _, reward, value, int_value, frame, _ in script.play_episode(agent, env, args.greedy):
+            bonus = scaled_bonus = None
+            if rnd:
+                bonus = rnd.bonus(torch.from_numpy(frame)[None, None]).item()
+                scaled_bonus = bonus / float(rnd.int_return_rms.std)
+            frames, rooms, score = len(env.executed), len(env.visits), env.episode_return
+            so_far = frames, frames / frame_rate(script), rooms, env.room, score
+            yield Step(images.copy(), *so_far, reward, value, int_value, bonus, scaled_bonus)
+            images.clear()
+            if 0 < len(replay) <= frames:  # it may have ended with a step limit
+                break
+    finally:
+        del env.game.act  # it refers to the game, which would keep the emulator alive
+
+
+def frame_rate(script: ModuleType) -> float:
+    """Frames per second of the game."""
+    return getattr(script.Game, "FPS", FPS)
 
 
 def film(game: Any, stride: int, replay: tuple | list) -> list[np.ndarray]:
@@ -209,8 +221,8 @@ def film(game: Any, stride: int, replay: tuple | list) -> list[np.ndarray]:
         if stride:
             image = picture(game)
             if number % stride == 0:
-                # Of two frames, because some games draw an object only in every other one.
-                both = stride > 1 and before is not None
+                # Of two frames, because some Atari games draw an object only in every other one.
+                both = stride > 1 and game.SKIP > 1 and before is not None
                 images.append(np.maximum(before, image) if both else image)
             before = image
         number += 1
@@ -254,14 +266,13 @@ def read_replay(path: Path, game: str) -> dict:
 # === 3. The strip below the game ======================================================================================
 
 
-def clock(frames: int) -> str:
-    seconds = frames // FPS
-    return f"{seconds // 60}:{seconds % 60:02d}"
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def cells(step: Step, place: str = "room") -> dict[str, str]:
     """The numbers of the strip, by name. `place`: what the number of a room stands for."""
-    numbers = dict(time=clock(step.frames), score=f"{step.score:.10g}")
+    numbers = dict(time=clock(step.seconds), score=f"{step.score:.10g}")
     if step.room is not None:
         numbers[place] = str(step.room)
     numbers["value"] = three_digits(step.value)
@@ -521,9 +532,9 @@ def video_size(image: np.ndarray, scale: int) -> tuple[int, int]:
     """Width and height of the game in the video: `scale` times its rows, in the shape that a television gave it."""
     rows, columns = image.shape[:2]
     width: float = columns
-    if columns == 160:  # Atari fills a 4:3 screen
+    if (rows, columns) in ((210, 160), (250, 160)):  # Atari fills a 4:3 screen
         width = rows * 4 / 3
-    elif columns == 240:  # the NES has pixels of 8:7
+    elif (rows, columns) == (224, 240):  # the NES has pixels of 8:7
         width = columns * 8 / 7
     return round(scale * width / 2) * 2, rows * scale
 
@@ -606,15 +617,17 @@ def record_videos(cli: argparse.Namespace, script: ModuleType, state: dict) -> N
     args = checked_args(script, state, rom=cli.rom, rom_unchecked=cli.rom_unchecked, **changes)
     networks = load_networks(script, state)
     game, path = Path(args.env_id).name, Path(cli.video)
-    stride = math.ceil(FPS * cli.speed / (20 if path.suffix.lower() == ".gif" else FPS) - 1e-9)
-    fps = FPS * cli.speed / stride
+    rate = frame_rate(script) * cli.speed
+    stride = math.ceil(rate / (20 if path.suffix.lower() == ".gif" else FPS) - 1e-9)
+    fps = rate / stride
     if cli.replay:
         replay = read_replay(Path(cli.replay), game)
         args = dataclasses.replace(args, max_episode_steps=10**9)  # it ends where it ended
         last = record(path, play(script, networks, args, 0, stride, replay["actions"]), fps, cli.scale, game)
         report(path, "replay", last)
-        if last.score != replay["episodic_return"]:
-            print(f"warning: the replay reached {last.score:g}, training {replay['episodic_return']:g}: in some games")
+        reached = last.score, last.frames, last.rooms
+        if reached != (replay["episodic_return"], len(replay["actions"]), replay.get("rooms", last.rooms)):
+            print(f"warning: not the recorded episode, whose return was {replay['episodic_return']:g}: in some games")
             print("  (Seaquest is one) the beginning differs from episode to episode")
         return
     episodes = [best_episode(script, networks, args, cli.episodes)] if cli.best else range(cli.episodes)
@@ -629,13 +642,13 @@ def best_episode(script: ModuleType, networks: tuple, args: Any, episodes: int) 
     scores = []
     for i in tqdm(range(episodes), "episodes", leave=False, disable=None):
         steps = list(play(script, networks, args, i, stride=0))
-        scores.append((steps[-1].score, len({step.room for step in steps})))
+        scores.append((steps[-1].score, steps[-1].rooms))
     print("returns:", *(f"{score:.10g}" for score, _ in scores))
     return scores.index(max(scores))
 
 
 def report(path: Path, name: str, last: Step) -> None:
-    print(f"{path}: {name}, return {last.score:.10g}, {last.frames} frames, {clock(last.frames)} of play")
+    print(f"{path}: {name}, return {last.score:.10g}, {last.frames} frames, {clock(last.seconds)} of play")
 
 
 def main(argv: list[str] | None = None) -> int:
