@@ -1180,7 +1180,8 @@ class Run:
         writer = tensorboard.SummaryWriter(str(self.dir), purge_step=self.progress.step - rollout + 1)
         if first:
             args = reported_args(self.args)
-            writer.add_custom_scalars({"RND": {title: ["Multiline", tags] for title, tags in PLOTS.items()}})
+            plots = {title: tags for title, tags in PLOTS.items() if title != "rooms" or self.progress.visits}
+            writer.add_custom_scalars({"RND": {title: ["Multiline", tags] for title, tags in plots.items()}})
             for summary in tensorboard.summary.hparams(args, dict.fromkeys(PLOTS["return"] + PLOTS["rooms"], 0.0)):
                 writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         return writer

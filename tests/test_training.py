@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPT, SMALL, last_checkpoint, run_script
 from runs import assert_same_state, curves, differences, events, serialized, write_checkpoint
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import fastops
@@ -64,6 +65,17 @@ def test_hparams_hold_the_arguments_that_describe_the_run(base_run):
     assert {"play", "episodes", "greedy", "render", "json", "resume", "run_dir", "num_workers"} <= script.LOCAL_ARGS
     assert hparams["num_steps"].number_value == 16
     assert hparams["env_id"].string_value == "ALE/MontezumaRevenge-v5"
+
+
+@pytest.mark.parametrize("rooms", [True, False])
+def test_custom_scalars_show_rooms_where_they_are_known(rooms, tmp_path):
+    run = script.Run(Args(run_dir=str(tmp_path)), None, None)
+    run.progress.visits |= {1: 5} if rooms else {}
+    run.open_writer().close()
+    [event] = events(run.dir).Tensors("custom_scalars__config__")
+    [layout] = event.tensor_proto.string_val
+    titles = [chart.title for category in Layout.FromString(layout).category for chart in category.chart]
+    assert titles == ["return", *["rooms"] * rooms, "bonus", "explained variance", "entropy", "SPS"]
 
 
 def test_the_screen_says_what_runs(base_run):
