@@ -422,6 +422,8 @@ class RND(nn.Module):
 
     def __init__(self, int_gamma: float = 0.99, int_return_filter: str = "backward"):
         super().__init__()
+        if int_return_filter not in ("backward", "forward"):
+            raise ValueError(f"int_return_filter: expected 'backward' or 'forward', got {int_return_filter!r}")
         relu, slope = nn.ReLU(inplace=True), nn.LeakyReLU(0.2, inplace=True)
         self.target = nn.Sequential(*convolutions(1, slope), layer(nn.Linear(3136, 512))).requires_grad_(False)
         hidden = layer(nn.Linear(3136, 512)), relu, layer(nn.Linear(512, 512)), relu
@@ -1292,8 +1294,8 @@ def check_finite(scalars: dict[str, float]) -> None:
     """Raise FloatingPointError, naming the quantity, if a scalar is not finite."""
     for name, value in scalars.items():
         if not math.isfinite(value):
-            advice = "start a new run with a lower --learning-rate or --max-grad-norm 0.5"
-            raise FloatingPointError(f"{name} is {value}; {advice}: on a CPU, --resume would repeat this one")
+            advice = "start again with a lower learning rate or clipped gradients (--max-grad-norm 0.5)"
+            raise FloatingPointError(f"{name} is {value}; {advice}: on a CPU, --resume would repeat this run")
 
 
 def check_health(args: Args, progress: Progress, scalars: dict[str, float]) -> str:
@@ -1346,14 +1348,10 @@ class Session:
 
     def restore(self, state: dict) -> None:
         """Continue from a snapshot. Raises UsageError if it is of another algorithm."""
-        try:
+        with refuse_other_networks():
             self.agent.load_state_dict(state["agent"])
             self.rnd.load_state_dict(state["rnd"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            expected = "--resume: expected a checkpoint of these networks; rename a script whose algorithm you change"
-            raise UsageError(f"{expected}, or give another --run-dir; got: {reason}") from None
         local = state["ranks"][RANK]
         self.envs.call("set_state", local["envs"])
         for name, view in self.rollout.tail().items():
@@ -1362,6 +1360,17 @@ class Session:
         torch.set_rng_state(local["rng"])
         if local["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(local["cuda_rng"])
+
+
+@contextlib.contextmanager
+def refuse_other_networks():
+    """Raise UsageError where a checkpoint does not fit the networks: the script has changed since."""
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        advice = "rename a script when you change its algorithm, or give another --run-dir"
+        raise UsageError(f"expected a checkpoint of this script's networks, got others; {advice}: {reason}") from None
 
 
 def check_plain(value: Any, key: str) -> None:
@@ -1512,10 +1521,11 @@ def play_episode(agent: nn.Module, env: Env, greedy: bool = False):
 
 
 def load_agent(state: dict, device: torch.device | str = "cpu", bf16: bool = False) -> Agent:
-    """The agent of a checkpoint, ready to play."""
+    """The agent of a checkpoint, ready to play. Raises UsageError if it has other networks."""
     num_actions, width = state["agent"]["policy_head.weight"].shape
     agent = Agent(num_actions, width, bf16).to(device)
-    agent.load_state_dict(state["agent"])
+    with refuse_other_networks():
+        agent.load_state_dict(state["agent"])
     return agent.eval()
 
 

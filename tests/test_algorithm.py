@@ -337,6 +337,12 @@ def test_backward_scale_is_that_of_its_definition():
         close(scaled, rollouts[-1] / expected)
 
 
+def test_a_filter_that_is_none_is_refused():
+    """In the class, too, which may be copied without the command line."""
+    with pytest.raises(ValueError, match="int_return_filter: expected 'backward' or 'forward', got 'foward'"):
+        RND(int_return_filter="foward")
+
+
 @pytest.mark.parametrize("int_return_filter", ["backward", "forward"])
 def test_an_environment_without_bonus_stays_at_zero(int_return_filter):
     """The filter runs along time. Run over the environments, as CleanRL did, the silent one takes over its neighbour's

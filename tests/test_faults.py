@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import SCRIPT, SMALL, run_script
+from conftest import SCRIPT, SMALL, last_checkpoint, run_script
 from runs import (
     QUICK,
     assert_clean,
@@ -304,9 +304,17 @@ def test_a_run_of_an_algorithm_that_has_changed_since_is_refused(base_run, tmp_p
     how = "--int-return-filter forward --total-rollouts 4 --num-workers 1 --resume auto"
     done = run_script(f"{SMALL} {how}", tmp_path, check=False, script=copy)
     assert done.returncode == 2
-    assert re.fullmatch("error: --resume: expected .* these networks; rename .*--run-dir; got: .*\n", done.stderr)
+    assert re.fullmatch("error: expected a checkpoint of this script's networks, .* --run-dir: .+\n", done.stderr)
     assert "the run is as it was" in done.stdout
     assert {path: path.read_bytes() for path in tmp_path.glob("runs/*/*.pt")} == before
+
+
+def test_a_checkpoint_of_other_networks_is_not_played(base_run, tmp_path):
+    copy = changed(tmp_path, ("3136, 256)), relu", "3136, 128)), relu, layer(nn.Linear(128, 256)), relu"))
+    copy = copy.rename(tmp_path / SCRIPT.name)
+    done = run_script(f"--play {last_checkpoint(base_run[1])}", tmp_path, check=False, script=copy)
+    assert done.returncode == 2
+    assert re.fullmatch("error: expected a checkpoint of this script's networks, .*: .*trunk.+\n", done.stderr)
 
 
 # --- Workers ---

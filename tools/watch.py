@@ -40,7 +40,8 @@ try:
     import imageio_ffmpeg
     from PIL import Image, ImageDraw, ImageFont
 except ImportError as problem:
-    print(f"error: expected the package {problem.name}, found none: pip install -e '.[video]'", file=sys.stderr)
+    advice = "pip install -e '.[video]' in the repository, or pip install imageio-ffmpeg pillow"
+    print(f"error: expected the package {problem.name}, found none: {advice}", file=sys.stderr)
     sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +150,7 @@ def load_networks(script: ModuleType, state: dict) -> tuple[Any, Any]:
                 saved = saved | dict(_extra_state={name: state[name] for name in ("obs_rms", "int_return_rms")})
             rnd.load_state_dict(saved)
         return agent, rnd
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, KeyError, TypeError, script.UsageError) as error:
         expected = f"expected the networks of {script.__file__}, got a checkpoint of others"
         reason = " ".join(str(error).split())
         raise UsageError(f"{expected}; name the script that made it with --script: {reason:.200}") from error
