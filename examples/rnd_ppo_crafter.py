@@ -180,7 +180,7 @@ class Game:
     shape: (H, W) of the screen. palette: the gray of each color index, uint8 (256,), or None where `draw` writes gray.
     """
 
-    SKIP = 1  # frames per action
+    SKIP, FPS = 1, 10  # frames per action, frames per second of a video
 
     @staticmethod
     def check(args: Args) -> None:
@@ -947,7 +947,7 @@ class Progress:
     episodes: int = 0
     return_sum: float = 0.0
     record: list[float] = field(default_factory=list)  # highest return of an episode, minus its steps
-    best_mean: float | None = None  # highest mean return of (up to) 100 episodes at a checkpoint
+    best_mean: float | None = None  # highest mean return of 100 episodes at a checkpoint
     recent: list[dict] = field(default_factory=list)  # statistics of the last 100 episodes
     best: dict[str, float] = field(default_factory=dict)  # the highest value of each statistic
     visits: dict[int, int] = field(default_factory=dict)  # steps spent in each room, in episodes that ended
@@ -973,9 +973,11 @@ class Progress:
         return float(np.mean([stats["episodic_return"] for stats in self.recent])) if self.recent else None
 
     def improves(self) -> bool:
-        """Whether the mean return is the best at a checkpoint so far."""
+        """Whether the mean return is the best at a checkpoint so far: the newest one until 100 episodes have ended."""
         mean = self.mean_return()
-        if mean is None or (self.best_mean is not None and mean <= self.best_mean):
+        if mean is None or len(self.recent) < 100:  # short episodes end first: such a mean says little
+            return mean is not None
+        if self.best_mean is not None and mean <= self.best_mean:
             return False
         self.best_mean = mean
         return True
@@ -1426,7 +1428,8 @@ def check_resumable(args: Args, path: Path, state: dict) -> None:
     if len(state["ranks"]) != PROCESSES:
         expected = f"expected torchrun with {len(state['ranks'])} processes, as in {path}, got {PROCESSES}"
         raise UsageError(f"{expected}; set --nproc-per-node and --nnodes")
-    if args.total_rollouts < (done := state["progress"]["iteration"]):
+    done = state["progress"]["iteration"]
+    if args.total_rollouts < done and args.resume != "auto":  # for which such a run is complete
         raise UsageError(f"--total-rollouts: expected at least {done}, as in {path}, got {args.total_rollouts}")
 
 
@@ -1451,7 +1454,7 @@ def find_checkpoint(args: Args) -> tuple[Path, dict] | tuple[None, None]:
         except UsageError as error:
             problem = problem or error
     if problem:
-        say(f"no run that these arguments continue: {problem}")
+        say(f"no run that these arguments continue, so a new one starts: {problem}")
     return None, None
 
 
@@ -1497,7 +1500,8 @@ def play(args: Args) -> dict:
         raise UsageError(f"--play: expected a checkpoint of {args.env_id}, got one of {trained}")
     agent = load_agent(state, *start_device(args))
     torch.manual_seed(args.seed)
-    report: dict = dict(checkpoint=str(path), env_id=args.env_id, greedy=args.greedy, summary=[], episodes=[])
+    how = {name: getattr(args, name) for name in ("env_id", "seed", "greedy", "max_episode_steps")}
+    report: dict = dict(checkpoint=str(path), step=state["progress"]["step"], **how, summary=[], episodes=[])
     for sticky in dict.fromkeys((args.sticky_action_prob, 0.0)):
         options: dict[str, Any] = dict(seed=args.seed, sticky_action_prob=sticky)
         options |= dict(max_episode_steps=args.max_episode_steps, render_mode="human" if args.render else None)
@@ -1516,8 +1520,8 @@ def play(args: Args) -> dict:
 def summarize(episodes: list[dict]) -> dict[str, float]:
     """Mean, spread and best of the returns; means of the other statistics."""
     returns = np.array([episode["episodic_return"] for episode in episodes])
-    error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else 0.0
-    row = dict(mean=returns.mean(), standard_error=error, std=returns.std(), median=np.median(returns))
+    std = returns.std(ddof=1) if len(returns) > 1 else 0.0
+    row = dict(mean=returns.mean(), standard_error=std / len(returns) ** 0.5, std=std, median=np.median(returns))
     row["best"] = returns.max()
     for name in episodes[0]:
         if name not in ("episodic_return", "sticky_action_prob", "visits"):

@@ -172,7 +172,7 @@ def test_every_achievement_is_logged_for_each_episode(crafter):
     first_frame(env)
     *_, (_, _, done, summary), _ = play(env, [env.game.actions.index("do")] * 100)
     unlocked = {name.removeprefix("episodic_"): value for name, value in summary["stats"].items()}
-    assert done and len(unlocked) == 22 + len(("return", "length", "rooms"))
+    assert done and len(unlocked) == 22 + len(("return", "length"))
     assert unlocked["collect_sapling"] == 1
     assert unlocked["collect_diamond"] == 0
 

@@ -164,16 +164,25 @@ def test_a_checkpoint_holds_no_more_than_its_tensors(base_run):
 
 
 def test_newest_checkpoints_and_the_best_are_kept(start):
-    """--keep-checkpoints 2: the two newest and the best one. It is of rollout 2: the first with a mean return, and no
-    later one is better in these few steps; it outlives its numbered twin."""
+    """--keep-checkpoints 2: the two newest and the best one. In these few episodes the best is the newest."""
     run = start(f"{QUICK} --keep-checkpoints 2 --total-rollouts 8")
     run.ends()
     assert run.saved() == [6, 8]
     best, last = script.load_checkpoint(run.directory / "best.pt")[1]["progress"], run.load(8)["progress"]
-    assert best["iteration"] == 2 and best["recent"] and best["best_mean"] == last["best_mean"]
+    assert best["iteration"] == 8 and 0 < len(best["recent"]) < 100 and best["best_mean"] == last["best_mean"] is None
     run = start(f"{QUICK} --keep-checkpoints 1 --total-rollouts 9")
     run.ends()
     assert run.saved() == [9] and (run.directory / "best.pt").exists()
+
+
+def test_the_best_is_the_best_mean_of_100_episodes():
+    """A mean of fewer says little, because short episodes end first: until there are 100, the newest is the best."""
+    progress, improved = script.Progress(), []
+    for value in [5.0] * 50 + [1.0] * 49 + [2.0, 2.0, 9.0, 0.0] + [0.0] * 100:
+        stats = dict(episodic_return=value, episodic_length=1)
+        progress.add(dict(stats=stats, visits={}))
+        improved.append(progress.improves())
+    assert improved == [True] * 100 + [False, True] + [False] * 101  # means of 100: 3.01, 2.98, 3.02, less
 
 
 def test_a_million_rollouts_and_the_copies_of_a_user(start, stopped):
@@ -288,23 +297,26 @@ def test_auto_continues_the_newest_run_that_these_arguments_can_continue(make_ru
 
 
 def test_auto_starts_anew_and_says_why_the_newest_run_does_not_fit(make_run, tmp_path, capsys):
-    """An argument, the number of processes in torchrun's words, or more rollouts done than wanted."""
+    """An argument, or the number of processes in torchrun's words."""
     assert auto(tmp_path) is None and capsys.readouterr().out == ""
     made = make_run("20260101-000000", 100)
     make_run("20260102-000000", 200, num_steps=64)
-    for arguments, reason in (
-        (dict(gamma=0.9), "--gamma: expected 0.999"),
-        (dict(total_rollouts=2), "--total-rollouts: expected at least 3"),
-    ):
-        assert auto(tmp_path, **arguments) is None
-        said = capsys.readouterr().out
-        assert (
-            said.startswith(f"no run that these arguments continue: {reason}, as in {made}") and said.count("\n") == 1
-        )
+    assert auto(tmp_path, gamma=0.9) is None
+    said = capsys.readouterr().out
+    reason = f"so a new one starts: --gamma: expected 0.999, as in {made}"
+    assert said.startswith(f"no run that these arguments continue, {reason}") and said.count("\n") == 1
     make_run("20260103-000000", 10, processes=8, anneal=True)
     assert auto(tmp_path, anneal=True) is None
     said = capsys.readouterr().out
     assert "expected torchrun with 8 processes" in said and "set --nproc-per-node and --nnodes" in said
+
+
+def test_auto_leaves_a_run_that_has_more_rollouts_than_wanted(make_run, tmp_path):
+    """It is complete: a loop over seeds, started again, does not train it a second time. --resume PATH asks."""
+    made = make_run("20260101-000000", 100)
+    assert auto(tmp_path, total_rollouts=2) == made
+    with pytest.raises(script.UsageError, match="--total-rollouts: expected at least 3"):
+        script.find_checkpoint(script.Args(resume=str(made), total_rollouts=2))
 
 
 def test_auto_knows_game_and_experiment(make_run, tmp_path):

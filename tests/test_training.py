@@ -208,8 +208,9 @@ def test_play_repeats_itself_and_means_what_it_says(base_run, tmp_path, capsys):
     assert returns.std() > 0
     assert abs(returns).min() >= 300
     assert row["mean"] == returns.mean()
-    assert row["std"] == pytest.approx(returns.std())
+    assert row["std"] == pytest.approx(returns.std(ddof=1))
     assert row["standard_error"] == pytest.approx(returns.std(ddof=1) / 2**0.5)
+    assert (one["step"], one["seed"], one["max_episode_steps"], one["greedy"]) == (384, 1, 100, False)
     assert "mean" in capsys.readouterr().out
 
 

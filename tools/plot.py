@@ -9,18 +9,20 @@ Keep the numbers  python tools/plot.py runs/* --out curves.png --json curves.jso
 Draw them again   python tools/plot.py curves.json --out curves.png
 
 Runs of the same game and experiment (a run's directory is GAME__EXPERIMENT__SEED__TIME), or with the same label, form
-one curve: their mean, with a band of one standard deviation. Where some of them have no values, before their first or
-after their last one, the curve is dotted: the mean of the others. Directories without values are skipped.
+one curve: their mean, with a band of one (sample) standard deviation. Where some of them have no values, before their
+first or after their last one, the curve is dotted: the mean of the others. Directories without values are skipped.
 
 A panel is a short name (return, length, best, rooms, x, bonus, int_reward, predictor, entropy, explained,
 int_explained, speed), a tag of TensorBoard or the last part of one. NAME=TITLE gives it a title of your own. Without
---panels the picture shows six of them, less those without values. Needs `pip install -e '.[video]'`.
+--panels the picture shows six of them, less those without values, or all that a .json has. Needs
+`pip install -e '.[video]'`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -54,7 +56,7 @@ PANELS = {  # by short name
     "rooms": Panel("charts/rooms_total", "rooms found"),
     "x": Panel("charts/furthest_x", "furthest x, mean of 100 episodes"),
     "bonus": Panel("rnd/int_reward_raw", "intrinsic reward, raw", log=True),
-    "int_reward": Panel("rnd/int_reward", "intrinsic reward / its std"),
+    "int_reward": Panel("rnd/int_reward", "intrinsic reward, normalised"),
     "predictor": Panel("losses/predictor_loss", "predictor loss", log=True),
     "entropy": Panel("losses/entropy", "entropy of the policy"),
     "explained": Panel("losses/explained_variance", "explained variance", floor=-1),
@@ -73,6 +75,7 @@ STYLE = {
     "axes.edgecolor": "#999999",
     "axes.grid": True,
     "grid.color": "#e8e8e8",
+    "pdf.fonttype": 42,  # TrueType: some publishers refuse the default
 }
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # x and y by tag
@@ -92,6 +95,7 @@ def read(run: str | Path, axis: str = "steps") -> Curves:
     if not list(run.glob("*tfevents*")):
         raise UsageError(f"{run}: expected the directory of a run with TensorBoard event files, found none")
     # What a killed process logged after its last checkpoint is dropped where the resumed one logged it again.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # which warns of that
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}, purge_orphaned_data=True)
     events.Reload()
     curves = {}
@@ -220,7 +224,9 @@ def mean_and_spread(curves: list[tuple[np.ndarray, np.ndarray]], smooth: int = 1
         counts = np.convolve(np.ones_like(y), window, "same")
         rows.append(np.interp(grid, x, sums / counts, left=np.nan, right=np.nan))
     masked = np.ma.masked_invalid(rows)
-    return grid, masked.mean(0).filled(np.nan), masked.std(0).filled(np.nan), masked.count(0)
+    count = masked.count(0)
+    spread = masked.std(0).filled(np.nan) * np.sqrt(count / np.maximum(count - 1, 1))  # of a sample; 0 of a single one
+    return grid, masked.mean(0).filled(np.nan), spread, count
 
 
 def draw_curve(ax, curves: list[tuple[np.ndarray, np.ndarray]], color: str, log: bool, smooth: int) -> None:
@@ -305,6 +311,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UsageError("RUN: expected runs, or one .json alone: it has its labels and its x already")
     if args.json and args.x == "time":
         raise UsageError("--json: expected --x steps, got time: the numbers would be drawn again as steps")
+    if args.json and args.json.suffix != ".json":
+        raise UsageError(f"--json: expected a file NAME.json, got {args.json}")
     if args.smooth < 1:
         raise UsageError(f"--smooth: expected at least 1, got {args.smooth}")
     if args.out.suffix not in (".png", ".svg", ".pdf") or not args.out.absolute().parent.is_dir():
@@ -315,7 +323,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run, or one .json")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="picture to write, .png, .svg or .pdf")
-    parser.add_argument("--x", choices=("steps", "time"), default="steps", help="horizontal axis (default: steps)")
+    time = "time is that of training without random play and pauses, a run from another's checkpoint begins at 0"
+    parser.add_argument("--x", choices=("steps", "time"), default="steps", help=f"default: steps; {time}")
     parser.add_argument("--labels", nargs="+", help="one for each RUN; runs with the same label become one curve")
     parser.add_argument("--panels", nargs="+", metavar="NAME", help="what to show (default: six panels)")
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="average over N logged points (default: 1)")
@@ -327,9 +336,12 @@ def main(argv: list[str] | None = None) -> int:
             groups = read_json(args.runs[0])
         else:
             groups = read_groups(args.runs, args.labels or [experiment(run) for run in args.runs], args.x)
+        tags = dict.fromkeys(tag for runs in groups.values() for curves in runs for tag in curves)
         if args.panels:
-            tags = {tag for runs in groups.values() for curves in runs for tag in curves}
-            panels = [find_panel(name, tags) for name in args.panels]
+            panels = [find_panel(name, set(tags)) for name in args.panels]
+        elif args.runs[0].endswith(".json"):  # all that was kept
+            known = {panel.tag: panel for panel in PANELS.values()}
+            panels = [known.get(tag, Panel(tag, tag)) for tag in tags]
         else:
             panels = default_panels(groups)
         if args.json:

@@ -189,16 +189,19 @@ def play(script: ModuleType, networks: tuple, args: Any, index: int = 0, stride:
         raise UsageError(f"--replay: expected actions from 0 to {choices[-1]}, got others")
     images = film(env.game, stride, replay)
     try:
-        for _, reward, value, int_value, frame, _ in script.play_episode(agent, env, args.greedy):
+        for _, reward, value, int_value, frame, summary in script.play_episode(agent, env, args.greedy):
             bonus = scaled_bonus = None
             if rnd:
                 bonus = rnd.bonus(torch.from_numpy(frame)[None, None]).item()
                 scaled_bonus = bonus / float(rnd.int_return_rms.std)
             frames, rooms, score = len(env.executed), len(env.visits), env.episode_return
+            ends = summary or 0 < len(replay) <= frames  # a replay may have ended with a step limit
+            if ends and stride and not images:
+                images.append(picture(env.game))
             so_far = frames, frames / frame_rate(script), rooms, env.room, score
             yield Step(images.copy(), *so_far, reward, value, int_value, bonus, scaled_bonus)
             images.clear()
-            if 0 < len(replay) <= frames:  # it may have ended with a step limit
+            if ends:
                 break
     finally:
         del env.game.act  # it refers to the game, which would keep the emulator alive
@@ -346,7 +349,7 @@ class Strip:
         if step.bonus is not None:
             self.draw_bonuses(image, pen)
         pen.line((self.left, self.bottom, self.right, self.bottom), LINE)
-        span = clock(len(self.bonuses) * math.ceil(step.frames / self.steps))
+        span = clock(len(self.bonuses) * step.seconds / self.steps)
         pen.text((self.right, self.bottom + 2), span, GRAY, self.text, "ra")
         return np.array(image)
 
@@ -575,7 +578,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--episodes", type=int, default=1, help="episodes to record (default: 1)")
     add("--best", action="store_true", help="play all --episodes first, then record the one with the highest return")
     add("--replay", default="", metavar="FILE", help="record this best_episode.json of a run instead of a new episode")
-    add("--speed", type=float, default=1, help="1: real time, 4: four times as fast, with fewer images (default: 1)")
+    add("--speed", type=float, default=1, help="1: real time, 4: four times as fast, 0.1: slow (default: 1)")
     add("--scale", type=int, default=3, help="rows of the video for each row of the game, 2 to 8 (default: 3)")
     add("--greedy", action="store_true", help="play the most probable action instead of sampling")
     add("--seed", type=int, default=1, help="seed of actions and environment: other episodes (default: 1)")
