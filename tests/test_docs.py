@@ -271,7 +271,7 @@ def our_flags():
             if isinstance(node, ast.AnnAssign):
                 name = node.target.id.replace("_", "-")
                 flags |= {f"--{name}"} | ({f"--no-{name}"} if ast.unparse(node.annotation) == "bool" else set())
-    folders = [ROOT / "tools", ROOT / "benchmarks"]
+    folders = [ROOT / "tools", ROOT / "benchmarks", ROOT / "examples"]
     for path in [*(path for folder in folders for path in folder.glob("*.py")), ROOT / "tests" / "budgets.py"]:
         flags |= set(re.findall(r"\"(--[a-z][a-z-]*)\"", path.read_text("utf-8")))
     return flags
