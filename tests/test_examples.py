@@ -163,6 +163,20 @@ def test_a_wrong_number_of_a_layout_is_refused(minigrid, tmp_path):
     assert "@1" in done.stderr
 
 
+def test_a_video_shows_all_rooms_in_color(minigrid, monkeypatch):
+    """The agent sees 7 x 7 gray cells; who watches sees the goal from the start. Looking changes nothing."""
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "tools")
+    import watch
+
+    env, other = (environment(minigrid, "MiniGrid-MultiRoom-N4-S5-v0@1") for _ in range(2))
+    first_frame(env), first_frame(other)
+    image = watch.picture(env.game)
+    assert image.shape == (200, 200, 3) and (image == (0, 255, 0)).all(-1).any()
+    actions = [2, 5, 2, 1, 2, 0, 2] * 4
+    assert play(env, actions)[0] == play(other, actions)[0]
+
+
 # --- Crafter ---
 
 

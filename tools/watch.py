@@ -244,6 +244,8 @@ def picture(game: Any) -> np.ndarray:
         return game.ale.getScreenRGB()
     if hasattr(game, "emulator"):
         return game.emulator.get_screen()
+    if hasattr(game, "env") and hasattr(game.env, "get_full_render"):  # MiniGrid: all rooms, lit where the agent looks
+        return game.env.get_full_render(highlight=True, tile_size=8)
     screen = np.zeros(game.shape, np.uint8)
     game.draw(screen)
     gray = screen if game.palette is None else game.palette[screen]
