@@ -711,7 +711,8 @@ def test_watch_refuses_a_checkpoint_of_another_script(loaded, tmp_path, capsys):
     assert "temperature" in refusal(capsys, watch.main, run, *out)
     agent = state["agent"] | {"trunk.0.weight": torch.zeros(16, 4, 8, 8)}
     run = save(script, state, tmp_path / "wide", agent=agent)
-    assert "expected the networks of" in refusal(capsys, watch.main, run, *out)
+    said = refusal(capsys, watch.main, run, *out)
+    assert "expected the networks of" in said and "size mismatch for trunk.0.weight" in said
     (tmp_path / "named").mkdir()
     torch.save(dict(state, script="my_rnd"), tmp_path / "named" / "checkpoint_000001.pt")
     assert "got one of my_rnd.py; name it with --script" in refusal(capsys, watch.main, tmp_path / "named", *out)
@@ -867,6 +868,7 @@ def test_kept_numbers_come_alone_and_whole(tmp_path, capsys):
         assert "expected runs, or one .json alone" in refusal(capsys, plot.main, tmp_path / "a.json", *extra, *out)
     assert "expected numbers that --json wrote" in refusal(capsys, plot.main, tmp_path / "other.json", *out)
     assert "No such file" in refusal(capsys, plot.main, tmp_path / "a.json", *out)
+    assert "--json: expected a file NAME.json" in refusal(capsys, plot.main, tmp_path / "run", "--json", "a.txt", *out)
     keep = ["--json", tmp_path / "kept.json", "--x", "time"]
     assert "--json: expected --x steps" in refusal(capsys, plot.main, tmp_path / "run", *keep, *out)
 
@@ -909,6 +911,24 @@ def test_any_number_of_panels_fits(tmp_path, count, shape):
     assert plot.main(argv) == 0
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == shape
+
+
+def test_numbers_without_panels_are_all_drawn(tmp_path, monkeypatch):
+    """Those that the default picture would not show, too, in the order in which they were kept."""
+    run, kept = write_run(tmp_path / "run", [*TAGS, "a/b"], 3), tmp_path / "kept.json"
+    keep = ["--panels", "b", "predictor", "return", "--json", str(kept), "--out", str(tmp_path / "a.png")]
+    assert plot.main([str(run), *keep]) == 0
+    drawn, draw_all = [], plot.plot
+    monkeypatch.setattr(plot, "plot", lambda groups, panels, *rest: drawn.extend(panels) or draw_all(groups, panels))
+    assert plot.main([str(kept), "--out", str(tmp_path / "b.png")]) == 0
+    assert drawn == [plot.Panel("a/b", "a/b"), plot.PANELS["predictor"], plot.PANELS["return"]]
+
+
+def test_a_pdf_has_truetype_fonts(tmp_path):
+    """Not Type 3, which some publishers refuse."""
+    run = write_run(tmp_path / "run", TAGS, 3)
+    assert plot.main([str(run), "--out", str(tmp_path / "a.pdf")]) == 0
+    assert b"/Type3" not in (tmp_path / "a.pdf").read_bytes()
 
 
 def test_panels_are_named_by_short_names_tags_or_their_last_part():

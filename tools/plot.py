@@ -75,7 +75,6 @@ STYLE = {
     "axes.edgecolor": "#999999",
     "axes.grid": True,
     "grid.color": "#e8e8e8",
-    "pdf.fonttype": 42,  # TrueType: some publishers refuse the default
 }
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # x and y by tag
@@ -346,7 +345,8 @@ def main(argv: list[str] | None = None) -> int:
             panels = default_panels(groups)
         if args.json:
             write_json(args.json, groups, panels)
-        plot(groups, panels, args.x, args.smooth).savefig(args.out, dpi=200)
+        with plt.rc_context({"pdf.fonttype": 42}):  # TrueType: some publishers refuse the default
+            plot(groups, panels, args.x, args.smooth).savefig(args.out, dpi=200)
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

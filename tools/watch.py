@@ -152,7 +152,7 @@ def load_networks(script: ModuleType, state: dict) -> tuple[Any, Any]:
         return agent, rnd
     except (RuntimeError, KeyError, TypeError, script.UsageError) as error:
         expected = f"expected the networks of {script.__file__}, got a checkpoint of others"
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error.__context__ or error).split())  # a script's UsageError hides the mismatch itself
         raise UsageError(f"{expected}; name the script that made it with --script: {reason:.200}") from error
 
 
