@@ -121,6 +121,8 @@ if __name__ == "__main__":
     parser.add_argument("--json", help="file for the results")
     options = parser.parse_args()
     _, state = rnd_ppo.load_checkpoint(options.checkpoint)
+    if "rnd" not in state:
+        parser.error(f"{options.checkpoint}: expected a checkpoint, got weights exported without the RND networks")
     results = {"rollouts": state["progress"]["iteration"], **measure(state, options.num_envs, options.num_steps)}
     for name, value in results.items():
         print(f"{name:65} {value:.6g}")

@@ -42,8 +42,8 @@ sys.exit(script.main())
 def seconds_to_exit(moment: str, num_envs: int) -> float:
     """Train, send SIGTERM when this happens for the second time, and wait for the end."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--num-envs {num_envs} --obs-norm-rollouts 1 --save-interval 1 --run-dir {folder}"
-        command = [sys.executable, "-c", ANNOUNCING, *flags.split()]
+        flags = f"--num-envs {num_envs} --obs-norm-rollouts 1 --save-interval 1"
+        command = [sys.executable, "-c", ANNOUNCING, *flags.split(), "--run-dir", folder]
         options = dict(cwd=SCRIPT.parent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         with subprocess.Popen(command, **options) as run:
             begun: dict[str, float] = {}  # when each phase began last

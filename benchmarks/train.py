@@ -163,7 +163,10 @@ def memory(process: psutil.Process) -> int:
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for member in (process, *process.children(recursive=True)):
-            info = member.memory_full_info()
+            try:
+                info = member.memory_full_info()
+            except psutil.AccessDenied:  # on macOS
+                info = member.memory_info()
             total += getattr(info, "pss", info.rss)
     return total
 

@@ -189,7 +189,7 @@ class Game:
         games = [name for name, spec in gym.registry.items() if "minigrid" in str(spec.entry_point)]
         task, _, layout = args.env_id.partition("@")
         if task not in games or not (layout or "0").isdecimal():
-            near = ", ".join(difflib.get_close_matches(task, games, n=3, cutoff=0.5))
+            near = ", ".join(difflib.get_close_matches(task, games, n=3, cutoff=0.5)) or Args.env_id
             raise UsageError(f"--env-id: expected a MiniGrid task with @1 or without, got {args.env_id!r}; try {near}")
 
     def __init__(self, env_id: str, seed: int, render_mode: str | None = None):

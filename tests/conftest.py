@@ -25,7 +25,9 @@ SMALL = "--num-envs 8 --num-steps 16 --obs-norm-rollouts 1 --max-episode-steps 2
 
 def run_script(arguments, cwd, check=True, script=SCRIPT):
     """`python rnd_ppo_atari.py ARGUMENTS` in the directory `cwd`."""
-    command = [sys.executable, str(script), *arguments.split()]
+    if isinstance(arguments, str):
+        arguments = arguments.split()
+    command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -53,19 +55,21 @@ def base_run(tmp_path_factory):
 @pytest.fixture
 def fails(monkeypatch, capsys, tmp_path):
     """Run main() with arguments that cannot work; the line it ends with. No run, worker or network may come first."""
-    import rnd_ppo_atari as script
+    import rnd_ppo_atari as base
 
     def never(*_, **__):
         raise AssertionError("created before the arguments were checked")
 
     monkeypatch.chdir(tmp_path)
-    for name in ("VectorEnv", "Agent"):
-        monkeypatch.setattr(script, name, never)
-    handlers = {number: signal.getsignal(number) for number in script.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in base.SIGNALS}
 
-    def run(arguments):
+    def run(arguments, script=base):
+        for name in ("VectorEnv", "Agent"):
+            monkeypatch.setattr(script, name, never)
         before = set(tmp_path.rglob("*"))
-        monkeypatch.setattr(sys, "argv", ["rnd_ppo_atari.py", *arguments.split()])
+        if isinstance(arguments, str):
+            arguments = arguments.split()
+        monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
         assert script.main() == 2
         out, err = capsys.readouterr()
         assert out == ""

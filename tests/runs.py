@@ -89,12 +89,17 @@ def spawn(cwd, name, arguments, command, outputs):
 
 
 def unused(names):
-    """Those of the files in /dev/shm that no process has mapped: nobody will remove them."""
+    """Those of this user's files in /dev/shm that no process has mapped: nobody will remove them."""
     maps = ""
     for pid in filter(str.isdigit, os.listdir("/proc") if names else ()):
         with contextlib.suppress(OSError):
             maps += Path(f"/proc/{pid}/maps").read_text()
-    return [name for name in names if name not in maps]
+    mine = []
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            if Path("/dev/shm", name).stat().st_uid == os.getuid():
+                mine.append(name)
+    return [name for name in mine if name not in maps]
 
 
 class Terminal:

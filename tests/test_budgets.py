@@ -73,6 +73,10 @@ def repository(tmp_path, monkeypatch):
     """A repository with two commits of a script, the second one longer."""
     monkeypatch.setattr(budgets, "ROOT", tmp_path)
     who = dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "x@x")
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # a hook's would lead to its own repository
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
     for tag, text in (("old", SOURCE), ("new", SOURCE + "\n\nx = 1\n")):
         (tmp_path / "rnd_ppo_atari.py").write_text(text)
         for command in ("init -q .", "add .", "commit -q -m x", f"tag {tag}"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import fastops
 from fastops import reference
 
-CALM = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=2500)
+CALM = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=1000)
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-40, 1e38, -3e38, 1e300, np.inf, -np.inf, np.nan]
 
 seeds = st.integers(0, 2**32 - 1)

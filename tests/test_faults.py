@@ -257,8 +257,7 @@ def test_packages_removed_under_a_running_process(start, tmp_path, monkeypatch):
     assert run.script.load_checkpoint(path)[1]["progress"]["iteration"] >= 2
 
 
-@pytest.mark.parametrize("streams", [(1,), (2,), (1, 2)], ids=["stdout", "stderr", "both"])
-@pytest.mark.parametrize("moment", ["random play", "update"])
+@pytest.mark.parametrize("moment, streams", [("random play", (1, 2)), ("update", (1,)), ("update", (2,))], ids=str)
 def test_a_reader_that_leaves_does_not_stop_the_run(start, uninterrupted, moment, streams):
     """`| head`, `2>&1 | head`, and a terminal that goes after `nohup`: the run goes on without a screen."""
     run = start(f"{QUICK} --total-rollouts 4", fault=(reader_leaves, moment, *streams))
@@ -498,10 +497,8 @@ def test_event_file_unwritable_later(start, resume):
     "what, value, name",
     [
         ("loss", math.nan, "losses/predictor_loss"),
-        ("loss", math.inf, "losses/predictor_loss"),
         ("gradient", math.nan, "rnd/largest_weight"),
         ("bonus", math.nan, "rnd/int_reward_raw"),
-        ("bonus", math.inf, "rnd/int_reward_raw"),
         ("frames", math.nan, "losses/predictor_loss"),
         ("int_returns", math.inf, "rnd/int_return_std"),
     ],
@@ -515,7 +512,8 @@ def test_not_finite(start, resume, what, value, name):
     error = run.error()
     assert name in error and "--resume" in error, error
     assert run.saved() == [0, 2]
-    resume(4)
+    if what == "loss":  # in all cases the checkpoint is the same
+        resume(4)
 
 
 # --- Several processes ---
@@ -564,7 +562,7 @@ def test_rank_killed_without_restarts(start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_signal_to_torchrun(start, number):
     """Of a job scheduler or Ctrl-C. It reaches torchrun, its ranks and all their workers; torchrun repeats it to the
     ranks while they save. The run is saved, and nothing stays."""

@@ -219,7 +219,7 @@ def test_play_repeats_itself_and_means_what_it_says(base_run, tmp_path, capsys):
 def test_the_published_weights_take_the_key(tmp_path):
     """Not in every episode, and with other rounding in others: in one of six at least."""
     weights = ROOT / "models" / "montezuma.pt"
-    done = run_script(f"--play {weights} --episodes 3 --json report.json --device cpu", tmp_path)
+    done = run_script(["--play", str(weights), "--episodes", "3", "--json", "report.json", "--device", "cpu"], tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert max(episode["episodic_return"] for episode in report["episodes"]) >= 100

@@ -9,7 +9,7 @@ Keep the numbers  python tools/plot.py runs/* --out curves.png --json curves.jso
 Draw them again   python tools/plot.py curves.json --out curves.png
 
 Runs of the same game and experiment (a run's directory is GAME__EXPERIMENT__SEED__TIME), or with the same label, form
-one curve: their mean, with a band of one (sample) standard deviation. Where some of them have no values, before their
+one curve: their mean, with a band from the lowest to the highest run. Where some of them have no values, before their
 first or after their last one, the curve is dotted: the mean of the others. Directories without values are skipped.
 
 A panel is a short name (return, length, best, rooms, x, bonus, int_reward, predictor, entropy, explained,
@@ -24,6 +24,7 @@ import argparse
 import json
 import logging
 import math
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -125,8 +126,8 @@ def against_time(run: Path, curves: Curves) -> Curves:
 def experiment(run: str | Path) -> str:
     """Label of a run: game and experiment, or the name of its directory if that is not one of this project's."""
     name = Path(run).resolve().name
-    game, *parts = name.split("__")
-    return f"{game} {parts[0]}" if len(parts) == 3 else name
+    match = re.fullmatch(r"(.+?)__(.+)__\d+__.+", name)
+    return f"{match[1]} {match[2]}" if match else name
 
 
 def read_groups(runs: list[str], labels: list[str], axis: str) -> Groups:
@@ -208,8 +209,8 @@ def default_panels(groups: Groups) -> list[Panel]:
 # === Drawing ==========================================================================================================
 
 
-def mean_and_spread(curves: list[tuple[np.ndarray, np.ndarray]], smooth: int = 1):
-    """Of curves (x, y) of different lengths: a common x; mean, standard deviation and number of those that reach it.
+def mean_and_range(curves: list[tuple[np.ndarray, np.ndarray]], smooth: int = 1):
+    """Of curves (x, y) of different lengths: a common x; mean, minimum, maximum and number of those that reach it.
 
     Every curve is averaged over windows of `smooth` points, then interpolated.
     """
@@ -223,23 +224,19 @@ def mean_and_spread(curves: list[tuple[np.ndarray, np.ndarray]], smooth: int = 1
         counts = np.convolve(np.ones_like(y), window, "same")
         rows.append(np.interp(grid, x, sums / counts, left=np.nan, right=np.nan))
     masked = np.ma.masked_invalid(rows)
-    count = masked.count(0)
-    spread = masked.std(0).filled(np.nan) * np.sqrt(count / np.maximum(count - 1, 1))  # of a sample; 0 of a single one
-    return grid, masked.mean(0).filled(np.nan), spread, count
+    mean, low, high = (values.filled(np.nan) for values in (masked.mean(0), masked.min(0), masked.max(0)))
+    return grid, mean, low, high, masked.count(0)
 
 
-def draw_curve(ax, curves: list[tuple[np.ndarray, np.ndarray]], color: str, log: bool, smooth: int) -> None:
-    """The mean of the curves, dotted where some of them have no values, and a band of one standard deviation."""
-    x, mean, spread, count = mean_and_spread(curves, smooth)
+def draw_curve(ax, curves: list[tuple[np.ndarray, np.ndarray]], color: str, smooth: int) -> None:
+    """The mean of the curves, dotted where some of them have no values, and a band from the lowest to the highest."""
+    x, mean, low, high, count = mean_and_range(curves, smooth)
     incomplete = count < len(curves)
     marker = "." if x[0] == x[-1] else None  # a single point is no line
     ax.plot(x, np.where(incomplete, np.nan, mean), color=color, lw=1.4, marker=marker)
     ax.plot(x, np.where(incomplete, mean, np.nan), color=color, lw=1.4, ls=":")
     if len(curves) > 1:
-        low = mean - spread
-        if log:
-            low = np.maximum(low, mean / 10)
-        ax.fill_between(x, low, mean + spread, color=color, alpha=0.2, lw=0)
+        ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
 
 
 def format_value(value: float, _: int) -> str:
@@ -252,7 +249,7 @@ def draw_panel(ax, panel: Panel, groups: Groups, unit: float, smooth: int) -> No
     log = panel.log and values.min() > 0 and values.max() > 10 * values.min()
     for i, group in enumerate(curves):
         if group:
-            draw_curve(ax, [(x / unit, y) for x, y in group], f"C{i}", log, smooth)
+            draw_curve(ax, [(x / unit, y) for x, y in group], f"C{i}", smooth)
     ax.set_title(panel.title)
     ax.margins(x=0.02)
     ax.tick_params(labelbottom=True)

@@ -311,9 +311,12 @@ class Strip:
         self.number = font(max(16, round(21 * self.unit)))
         self.margin = max(8, round(12 * self.unit))
         self.has_map = "MontezumaRevenge" in game
-        # In Mario a room is a column of the stage. There are too many to mark each.
-        self.place = "column" if "SuperMarioBros" in game else "room"
-        self.bonuses = np.zeros(300)  # room for so many steps
+        self.place = "room"  # whose first visit is marked, unless it is one of very many
+        if "SuperMarioBros" in game:
+            self.place = "column"
+        elif "MiniGrid" in game:
+            self.place = "cell"
+        self.bonuses = np.zeros(75)  # room for so many steps
         self.steps = 0
         self.marks: list[tuple[int, str, tuple]] = []  # step, label, color
         self.rooms: set[int | None] = set()
@@ -520,7 +523,11 @@ def write_video(path: Path, steps: Iterator[Step], fps: float, scale: int, game:
 @contextlib.contextmanager
 def ffmpeg(*arguments: str | Path):
     """Run ffmpeg; yields its standard input. OSError with its reason if it fails."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
+    try:
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:  # its wheels for some platforms come without
+        raise UsageError("--video: expected the program ffmpeg, found none; install it") from None
+    command = [program, "-v", "error", "-y", *map(str, arguments)]
     pipes: Any = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     # In a session of its own, Ctrl-C does not reach it: it completes the file.
     process = subprocess.Popen(command, **pipes, start_new_session=True)
