@@ -81,7 +81,7 @@ class Args:
     run_dir: str = "runs"
     """directory in which each run gets a directory of its own for checkpoints and TensorBoard events"""
     track: bool = False
-    """also log to Weights & Biases (`pip install 'rnd-ppo[track]'`)"""
+    """also log to Weights & Biases (`pip install wandb`)"""
     log_interval: int = 10
     """rollouts between two summary lines on screen"""
     save_interval: int = 100
@@ -115,7 +115,7 @@ class Args:
     sticky_action_prob: float = 0.25
     """probability, in every frame, to repeat the action executed before [Machado; Burda, Table 2]"""
     num_workers: int = 0
-    """worker processes; 0: one per CPU core of this process"""
+    """worker processes, at most half of --num-envs; 0: one per CPU core of this process"""
     # --- PPO
     learning_rate: float = 1e-4
     """learning rate of Adam [Burda, Table 5]"""
@@ -297,10 +297,11 @@ class Env:
                 break
             if frame == self.game.SKIP - 2:
                 self.game.draw(self.screens[0])
-        self.game.draw(self.screens[1])
-        complete = frame == self.game.SKIP - 1 and self.game.SKIP > 1
-        first = 0 if complete else 1  # an episode that ends earlier shows its last screen only
-        fastops.max_pool_resize(self.screens[first], self.screens[1], out, self.game.palette)
+        older, newest = self.screens
+        self.game.draw(newest)
+        if frame < self.game.SKIP - 1 or self.game.SKIP == 1:
+            older = newest  # an episode that ends earlier shows its last screen only
+        fastops.max_pool_resize(older, newest, out, self.game.palette)
 
         self.steps += 1
         self.episode_return += reward
@@ -510,10 +511,10 @@ class Rollout:
         """Views of what the next rollout continues from; a checkpoint holds them."""
         return dict(frames=self.frames[-4:], ages=self.ages[-1])
 
-    def continue_from(self, tail: dict[str, torch.Tensor]) -> None:
-        """Begin where the rollout with this `tail` ended."""
-        self.frames[:4] = tail["frames"].clone()
-        self.ages[0] = tail["ages"]
+    def begin(self) -> None:
+        """Begin where the last rollout ended."""
+        self.frames[:4] = self.frames[-4:].clone()
+        self.ages[0] = self.ages[-1]
 
     def observation(self, t: int, envs: slice) -> tuple[torch.Tensor, ...]:
         """What the agent needs to act at step `t` in the environments `envs`."""
@@ -544,15 +545,15 @@ def collect(agent: nn.Module, envs: VectorEnv, rollout: Rollout) -> list[dict]:
 
     While the workers step one group of environments, the policy computes the actions of the other.
     """
-    rollout.continue_from(rollout.tail())
+    rollout.begin()
     # All of a rollout's noise at once: an action then depends neither on the groups nor on which of them is faster.
     noise = -torch.empty(rollout.num_steps, rollout.num_envs, envs.num_actions).exponential_().log().to(rollout.device)
     episodes: list[dict] = []
     for t in range(rollout.num_steps + 1):
         for group, members in enumerate(envs.groups):
             if t > 0:
-                *outcome, ended = envs.recv(group)
-                rollout.add(t - 1, members, *outcome)
+                frames, rewards, dones, ended = envs.recv(group)
+                rollout.add(t - 1, members, frames, rewards, dones)
                 episodes += [dict(episode, t=t - 1) for episode in ended]
             logits, values, int_values = agent(*rollout.observation(t, members))
             if t < rollout.num_steps:  # the last observation only gives the values for the bootstrap
@@ -717,7 +718,7 @@ def train(args: Args) -> Path | None:
 
             run.phase("rest")
             metrics |= rollout_metrics(rollout, targets, raw, int_rewards, rnd, optimizer)
-            run.log(metrics, gather((episodes, envs.rooms.tolist())))
+            run.log(gather((metrics, episodes, envs.rooms.tolist())))
             run.keep(session.snapshot(run.progress))  # in case a signal comes; saved now and then
     return run.path
 
@@ -744,7 +745,7 @@ class VectorEnv:
         groups = split(range(num_envs), min(num_groups, num_envs))
         self.groups = [slice(group.start, group.stop) for group in groups]
         self.workers: list[tuple[Any, Any, list[range]]] = []  # process, pipe, its part of each group
-        num_workers = min(num_workers or cores(), num_envs)
+        num_workers = min(num_workers or cores(), max(map(len, groups)))
         method = "fork" if sys.platform == "linux" else "spawn"
         context: Any = torch.multiprocessing.get_context(method)
         atexit.register(self.close)  # workers ignore the SIGTERM that multiprocessing would send them
@@ -764,7 +765,7 @@ class VectorEnv:
             self.num_actions = self.replies()[0]
         except BaseException as error:
             self.close()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, ChildProcessError):  # which says more already
                 problem = f"cannot start {num_workers} workers ({error}); try fewer --num-workers"
                 raise ChildProcessError(problem) from error
             raise
@@ -988,15 +989,15 @@ class Progress:
         """Mean return of the last 100 episodes."""
         return float(np.mean([stats["episodic_return"] for stats in self.recent])) if self.recent else None
 
-    def improves(self) -> bool:
-        """Whether the mean return is the best at a checkpoint so far: the newest one until 100 episodes have ended."""
+    def update_best(self) -> None:
+        """At a checkpoint: raise the best mean to that of the last 100 episodes, once there are as many."""
         mean = self.mean_return()
-        if mean is None or len(self.recent) < 100:  # short episodes end first: such a mean says little
-            return mean is not None
-        if self.best_mean is not None and mean <= self.best_mean:
-            return False
-        self.best_mean = mean
-        return True
+        if mean is not None and len(self.recent) == 100:  # short episodes end first: a mean of fewer says little
+            self.best_mean = mean if self.best_mean is None else max(mean, self.best_mean)
+
+    def is_best(self) -> bool:
+        """Whether the mean return is the best one; until there is a best mean, the newest is the best."""
+        return bool(self.recent) and self.best_mean in (None, self.mean_return())
 
     def scalars(self) -> dict[str, float]:
         """Means over the last 100 episodes, bests and totals, by tag."""
@@ -1025,7 +1026,7 @@ class Run:
         self.dir = path.parent if path and self.in_place else new
         self.progress = Progress(**state["progress"]) if state else Progress()
         self.latest: dict = {}  # the state after the last whole rollout
-        self.due, self.is_best = True, False  # what `keep` saves: the latest state, and as the best one
+        self.due = not self.in_place  # whether `keep` saves the latest state
         self.writer: tensorboard.SummaryWriter | None = None
         self.retry = 0  # iteration at which to open it (again)
         self.bar: tqdm | None = None
@@ -1109,7 +1110,7 @@ class Run:
         tools = [path for path in (folder / "tools", folder.parent / "tools") if (path / "watch.py").exists()]
         say(f"saved {self.path}\nRUN='{self.dir}'")
         finished = self.progress.iteration >= self.args.total_rollouts
-        longer = f" --total-rollouts {2 * self.args.total_rollouts}" if finished else ""
+        longer = f" --total-rollouts {2 * self.progress.iteration}" if finished else ""
         commands = {
             "continue": f'python {script} --resume "$RUN"{longer}',
             "evaluate": f'python {script} --play "$RUN"',
@@ -1130,12 +1131,12 @@ class Run:
             self.times[previous] = now - start
         self.clock = name, now
 
-    def log(self, metrics: dict[str, float], parts: list[tuple[list[dict], list[int]]]) -> None:
-        """Log a rollout: its metrics, and for every process the episodes that ended and the rooms of all players."""
+    def log(self, parts: list[tuple[dict[str, float], list[dict], list[int]]]) -> None:
+        """Log a rollout: of every process its metrics, the episodes that ended, and the rooms of all players."""
         progress, args = self.progress, self.args
         width = args.num_envs * PROCESSES  # environment steps for each step of the rollout
         events: list[tuple[str, float, int]] = []
-        for episodes, rooms in parts:
+        for _, episodes, rooms in parts:
             for episode in episodes:
                 step = progress.step + (episode["t"] + 1) * width
                 for name, value in episode["stats"].items():
@@ -1148,7 +1149,9 @@ class Run:
         progress.iteration += 1
         progress.step += width * args.num_steps
         self.due = progress.iteration % args.save_interval == 0 or progress.iteration == args.total_rollouts
-        self.is_best = self.due and progress.improves()
+        if self.due:
+            progress.update_best()
+        metrics = {name: float(np.mean([of_process[name] for of_process, *_ in parts])) for name in parts[0][0]}
         scalars = metrics | progress.scalars() | {f"time/{name}": seconds for name, seconds in self.times.items()}
         scalars["charts/SPS"] = width * args.num_steps / sum(self.times.values())
         check_finite(scalars)
@@ -1223,10 +1226,8 @@ class Run:
             return
         try:
             self.save()
-            if self.is_best:
-                save_checkpoint(self.latest, self.dir / "best.pt")
         except OSError as error:  # a full disk does not end the run
-            say(f"warning: no checkpoint written ({error}); the next try comes with the next save")
+            say(f"warning: saving failed ({error}); the next try comes with the next save")
 
     def newest(self) -> Path:
         """Where the latest state belongs."""
@@ -1235,7 +1236,9 @@ class Run:
     def save(self) -> None:
         """Save the latest state and remove checkpoints that are older than the newest --keep-checkpoints."""
         save_checkpoint(self.latest, self.newest())
-        self.path = self.newest()
+        if self.due and Progress(**self.latest["progress"]).is_best():
+            save_checkpoint(self.latest, self.dir / "best.pt")
+        self.path = self.newest()  # only now: a signal or a full disk before it makes the next save write both again
         for old in checkpoints(self.dir)[: -self.args.keep_checkpoints]:
             old.unlink()
 
@@ -1306,7 +1309,7 @@ class Session:
         """A copy in plain types and tensors, taken between two rollouts."""
         local = dict(  # what each process has of its own
             envs=self.envs.call("get_state"),
-            rollout={name: view.clone() for name, view in self.rollout.tail().items()},  # not the whole rollout
+            rollout={name: view.to("cpu", copy=True) for name, view in self.rollout.tail().items()},
             carry=self.rnd.carry.tolist(),
             rng=torch.get_rng_state(),
             cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
@@ -1489,7 +1492,7 @@ def play_episode(agent: nn.Module, env: Env, greedy: bool = False):
     env.reset(frame)
     rollout.start_episodes(frame[None])
     while summary is None:
-        rollout.continue_from(rollout.tail())
+        rollout.begin()
         logits, value, int_value = agent(*rollout.observation(0, slice(None)))
         noise = -torch.empty(1, len(env.game.actions)).exponential_().log().to(rollout.device)
         action, _ = act(logits, noise * (not greedy))
@@ -1523,7 +1526,8 @@ def play(args: Args) -> dict:
         options |= dict(max_episode_steps=args.max_episode_steps, render_mode="human" if args.render else None)
         episodes = []
         for i in with_bar(f"sticky {sticky:g}", args.episodes):
-            *_, (*_, summary) = play_episode(agent, Env(args.env_id, i, **options), args.greedy)
+            *_, last_step = play_episode(agent, Env(args.env_id, i, **options), args.greedy)
+            summary = last_step[-1]
             episodes.append(summary["stats"] | dict(sticky_action_prob=sticky, visits=sorted(summary["visits"])))
         report["episodes"] += episodes
         report["summary"].append(dict(sticky_action_prob=sticky, **summarize(episodes)))
@@ -1590,7 +1594,7 @@ def check_args(args: Args) -> None:
     require(args.device != "cuda" or torch.cuda.is_available(), "device", "auto or cpu, as torch finds no CUDA device")
     require(Path(args.exp_name).name == args.exp_name, "exp_name", "a name without slashes")
     has_wandb = importlib.util.find_spec("wandb") is not None
-    require(not args.track or has_wandb, "track", "the package wandb: pip install 'rnd-ppo[track]'")
+    require(not args.track or has_wandb, "track", "the package wandb: pip install wandb")
     for name in ("episodes", "greedy", "render", "json") if not args.play else ():
         require(getattr(args, name) == getattr(Args, name), name, "--play with it")
     report = Path(args.json).absolute()
@@ -1617,15 +1621,20 @@ def start_device(args: Args) -> tuple[torch.device, bool]:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")  # no TF32: fp32 is what the bonus needs, and the policy has bf16
         torch.backends.cudnn.allow_tf32 = False
+        if args.precision == "auto" and torch.cuda.get_device_capability()[0] < 8:  # older than Ampere
+            say("warning: this GPU does not compute in bf16, so the policy runs in fp32")
+            bf16 = False
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, bf16
 
 
 def stop(number: int, _: object) -> None:
-    """Leave `train`, which saves. A second signal ends the process at once, but not under torchrun."""
+    """Leave `train`, which saves. A second Ctrl-C or SIGTERM ends the process at once, but not under torchrun."""
     for other in SIGNALS:
-        signal.signal(other, signal.SIG_IGN if PROCESSES > 1 else signal.SIG_DFL)  # torchrun repeats the first
+        # torchrun repeats the first signal, a shell whose terminal closes repeats SIGHUP.
+        repeats = PROCESSES > 1 or other == getattr(signal, "SIGHUP", None)
+        signal.signal(other, signal.SIG_IGN if repeats else signal.SIG_DFL)
     raise SystemExit(128 + number)
 
 

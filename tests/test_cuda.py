@@ -118,13 +118,22 @@ def assert_equal_to_rounding(one, other, start):
 
 
 @pytest.mark.parametrize("first, second", [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")])
-def test_a_run_continues_on_the_same_device_or_on_the_other(first, second, tmp_path):
+def test_a_run_continues_on_the_same_device_or_on_the_other(first, second, tmp_path, monkeypatch):
     """Two rollouts and one more are three, to rounding. Each is trained by a call in this process."""
+    devices, gather = set(), script.gather
+
+    def watched(value):  # a tensor on a GPU would go to the GPU of the same number in every process
+        if isinstance(value, dict):
+            devices.update(tensor.device.type for tensor in value["rollout"].values())
+        return gather(value)
+
+    monkeypatch.setattr(script, "gather", watched)
     options = dict(SMALL, precision="fp32")
     whole = train(Args(**options, device=first, total_rollouts=3, run_dir=str(tmp_path / "whole")))
     part = train(Args(**options, device=first, total_rollouts=2, run_dir=str(tmp_path / "part")))
     rest = train(Args(**options, device=second, total_rollouts=3, resume=str(part.parent)))
     assert rest == part.with_name("checkpoint_000003.pt")
+    assert devices == {"cpu"}
     start = load_checkpoint(whole.with_name("checkpoint_000000.pt"))[1]
     assert_equal_to_rounding(load_checkpoint(rest)[1], load_checkpoint(whole)[1], start)
 

@@ -1,5 +1,6 @@
 """The environments: against Gymnasium's preprocessing, against a plain loop, and when a process dies."""
 
+import contextlib
 import copy
 import io
 import math
@@ -573,6 +574,25 @@ def test_a_killed_worker_is_reported_soon(victim):
     finally:
         envs.close()
     assert children() == before
+
+
+def test_a_game_that_cannot_start_is_reported_with_its_traceback(monkeypatch):
+    """Not as too many workers."""
+
+    def broken(*_, **__):
+        raise LookupError("no such cartridge")
+
+    monkeypatch.setattr(script.Game, "__init__", broken)
+    with pytest.raises(ChildProcessError, match=r"(?s)^worker 0 .*no such cartridge") as caught:
+        VectorEnv(MONTEZUMA, 2, num_workers=1)
+    assert "fewer" not in str(caught.value)
+
+
+def test_no_more_workers_than_a_group_has_environments():
+    """The others would have nothing to do: one group steps at a time."""
+    for num_envs, num_workers, expected in ((8, 8, 4), (5, 4, 3), (4, 1, 1)):
+        with contextlib.closing(VectorEnv(MONTEZUMA, num_envs, num_workers=num_workers)) as envs:
+            assert len(envs.workers) == expected
 
 
 def test_a_worker_that_raises_is_reported_with_its_traceback():

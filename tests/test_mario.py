@@ -212,7 +212,7 @@ def test_swapped_environments_are_those_of_each_alone():
     first, expected = run(VectorEnv(GAME, 5, num_workers=1, **options), actions)
     assert len({frame.tobytes() for frames, *_ in expected for frame in frames}) > 300
     assert sum(len(infos) for *_, infos in expected) >= 10
-    for other in (dict(num_workers=2), dict(num_workers=1, num_groups=1), dict(num_workers=5)):
+    for other in (dict(num_workers=2), dict(num_workers=1, num_groups=1), dict(num_workers=5, num_groups=1)):
         begin, found = run(VectorEnv(GAME, 5, **other, **options), actions)
         np.testing.assert_array_equal(begin[0], first[0])
         for (frames, rewards, dones, infos), (a, b, c, d) in zip(found, expected, strict=True):

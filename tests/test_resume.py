@@ -79,7 +79,7 @@ def test_arguments_that_are_left_out_are_those_of_the_checkpoint(start, stopped,
     """Given the directory of the run. Curves continue without gaps, and without the points of a rollout that was lost
     and is done again."""
     directory = stopped(8, 10)
-    run = start(f"--num-workers 3 --resume {directory}")
+    run = start(f"--num-workers 2 --resume {directory}")
     run.ends()
     assert run.resumed == ["checkpoint_000010.pt"]
     assert run.directory == directory
@@ -102,7 +102,7 @@ def test_a_variant_ends_with_the_same_bits(start, name, options):
     run.ends()
     reference = run.set_aside()
     start(how, name=name, fault=(die, "rollout", 4)).dies()
-    run = start(f"{how} --num-workers 3", name=name)
+    run = start(f"{how} --num-workers 2", name=name)
     run.ends()
     assert run.resumed == ["checkpoint_000002.pt"]
     assert_same_run(run, reference, 4)
@@ -125,7 +125,7 @@ def test_going_back_starts_a_new_run(start, stopped, resume):
     run.dies()
     assert run.resumed == ["checkpoint_000002.pt"]
     assert run.saved() == [2, 2, 4, 6] and run.directory != directory
-    run = resume(6, "--num-workers 3", since=2)
+    run = resume(6, "--num-workers 2", since=2)
     assert run.resumed == ["checkpoint_000002.pt"]
     assert run.saved() == [2, 2, 4, 4, 6, 6]
     assert contents(directory) == before
@@ -177,12 +177,14 @@ def test_newest_checkpoints_and_the_best_are_kept(start):
 
 def test_the_best_is_the_best_mean_of_100_episodes():
     """A mean of fewer says little, because short episodes end first: until there are 100, the newest is the best."""
-    progress, improved = script.Progress(), []
+    progress, best = script.Progress(), []
+    assert not progress.is_best()  # there is no return yet
     for value in [5.0] * 50 + [1.0] * 49 + [2.0, 2.0, 9.0, 0.0] + [0.0] * 100:
         stats = dict(episodic_return=value, episodic_length=1)
         progress.add(dict(stats=stats, visits={}))
-        improved.append(progress.improves())
-    assert improved == [True] * 100 + [False, True] + [False] * 101  # means of 100: 3.01, 2.98, 3.02, less
+        progress.update_best()
+        best.append(progress.is_best())
+    assert best == [True] * 100 + [False, True] + [False] * 101  # means of 100: 3.01, 2.98, 3.02, less
 
 
 def test_a_million_rollouts_and_the_copies_of_a_user(start, stopped):
@@ -224,6 +226,19 @@ def test_only_the_newest_checkpoint_in_its_own_directory_continues_in_place(stop
     assert not script.is_newest(best, state)
     checkpoint(directory, 2).unlink()
     assert not script.is_newest(best, state)
+
+
+def test_what_is_on_disk_is_not_saved_again(start, stopped):
+    """A run that has enough rollouts stays as it is, and so does the checkpoint that a run continues from."""
+    directory = stopped(2, 4)
+    before = contents(directory)
+    run = start(f"{QUICK} --total-rollouts 3 --resume auto")
+    run.ends()
+    assert "--total-rollouts 8" in run.stdout  # to continue
+    assert {path: data for path, data in contents(directory).items() if path in before} == before
+    times = checkpoint(directory, 4).stat().st_mtime_ns
+    start(f"{QUICK} --total-rollouts 5 --resume auto").ends()
+    assert checkpoint(directory, 4).stat().st_mtime_ns == times
 
 
 def test_a_run_that_cannot_be_written_to_continues_in_a_new_directory(start, stopped, tmp_path):
@@ -382,7 +397,7 @@ def test_damaged_checkpoints_are_passed_over(start, stopped, resume):
         run.ends(2)
         error = run.error()
         assert str(path) in error and re.search("checksum|damaged|empty", error) and "\n" not in error, error
-    run = resume(8, "--num-workers 3", since=2)
+    run = resume(8, "--num-workers 2", since=2)
     assert run.resumed == ["checkpoint_000002.pt"]
     for path in damaged:
         assert run.said.count(str(path.relative_to(run.cwd))) == 1, run.said
@@ -598,7 +613,7 @@ def test_a_run_that_stops_in_its_first_rollout_has_all_tabs_later(start):
 
 def test_stale_lock_is_not_in_the_way(start, resume):
     """That of a run killed a moment ago, or of a machine that lost its power, whatever is in the file."""
-    run = start(f"{QUICK} --num-workers 4 --total-rollouts 4", fault=(die, "rollout", 4))
+    run = start(f"{QUICK} --num-workers 2 --total-rollouts 4", fault=(die, "rollout", 4))
     assert run.wait()[0] == -signal.SIGKILL
     (run.directory / "lock").write_text(f"{run.pid}\n")
     resume(4)

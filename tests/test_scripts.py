@@ -30,7 +30,7 @@ PACKAGES = {
 }
 SCRIPTS = [BASE, *VARIANTS]
 # Below the line stands what users need besides the algorithm: it may be longer, but not denser.
-ALGORITHM, LINES, FUNCTION, LOOP, TOKENS = 727, 1686, 60, 30, 12.5
+ALGORITHM, LINES, FUNCTION, LOOP, TOKENS = 728, 1695, 60, 30, 12.5
 SECTIONS = [
     "Arguments",
     "The game",

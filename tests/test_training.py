@@ -1,6 +1,7 @@
 """The script as its users run it: three rollouts of the real game, and playing what they have learned."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -254,6 +255,38 @@ def test_statistics_that_a_copy_renames_do_not_end_a_resumed_run():
         progress.add(dict(stats=common | stats, visits={}))
     scalars = progress.scalars()
     assert (scalars["charts/keys"], scalars["charts/doors"], scalars["charts/episodic_return_mean100"]) == (2, 5, 1)
+
+
+def test_the_log_has_the_means_over_all_processes(tmp_path, monkeypatch):
+    """Of what each of them measures, and the episodes of all."""
+    run = script.Run(Args(num_envs=2, num_steps=4, run_dir=str(tmp_path)), None, None)
+    run.times, logged = dict(rollout=2.0), []
+    monkeypatch.setattr(run, "write_events", lambda events: logged.extend(events))
+    monkeypatch.setattr(run, "show", lambda scalars: None)
+    parts = []
+    for entropy, score in ((1.0, 7.0), (2.0, 9.0)):
+        stats = dict(episodic_return=score, episodic_length=3)
+        parts.append(({"losses/entropy": entropy}, [dict(t=2, stats=stats, visits={}, executed=b"")], [-1, -1]))
+    with run:
+        run.log(parts)
+    values = {tag: value for tag, value, _ in logged}
+    assert values["losses/entropy"] == 1.5 and values["charts/episodic_return_mean100"] == 8
+    with pytest.raises(FloatingPointError, match="losses/entropy is nan"), run:
+        run.log([parts[0], ({"losses/entropy": math.nan}, [], [])])
+
+
+@pytest.mark.parametrize("capability, precision, bf16", [(7, "auto", False), (8, "auto", True), (7, "bf16", True)])
+def test_auto_is_fp32_on_a_gpu_without_bf16(capability, precision, bf16, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 5))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        device, found = script.start_device(Args(device="cuda", precision=precision))
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    assert (device.type, found) == ("cuda", bf16)
+    assert ("does not compute in bf16" in capsys.readouterr().out) == (not bf16)
 
 
 def test_importing_has_no_side_effects(tmp_path):
