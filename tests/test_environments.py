@@ -412,11 +412,12 @@ def assert_equal_steps(one, other):
 
 @pytest.mark.parametrize("workers, groups", [(1, 1), (2, 2), (3, 2), (2, 3), (3, 3), (5, 3), (9, 9)])
 def test_results_depend_on_neither_workers_nor_groups(plain_loop, workers, groups):
-    """5 environments are divided unevenly by 2 and 3; more workers or groups than environments must do as well."""
+    """5 environments are divided unevenly by 2 and 3; more groups than environments, or more workers than a group has,
+    must do as well."""
     actions, first, expected = plain_loop
     envs = VectorEnv(INVADERS, 5, num_workers=workers, num_groups=groups, **OPTIONS)
     try:
-        assert len(envs.workers) == min(workers, 5)
+        assert len(envs.workers) == min(workers, max(group.stop - group.start for group in envs.groups))
         shares = np.array([[len(share) for share in part] for _, _, part in envs.workers])
         assert np.ptp(shares, axis=0).max() <= 1  # each group keeps all workers busy
         assert [i for group in envs.groups for i in range(5)[group]] == list(range(5))
