@@ -45,7 +45,8 @@ def compare_and_destroy():
     weights = torch.cat([*(p.detach().flatten() for p in parameters), statistics.flatten()])
     others = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
     dist.all_gather(others, weights)
-    print("EQUAL", all(torch.equal(weights, other) for other in others), flush=True)
+    # In one piece: torchrun's processes do not buffer what they print, so pieces of both can mix.
+    print(f"EQUAL {{all(torch.equal(weights, other) for other in others)}}\n", end="")
     destroy()
 dist.destroy_process_group = compare_and_destroy
 options = dict(num_envs=4, num_steps=8, obs_norm_rollouts=1, max_episode_steps=3, num_workers=1)
@@ -60,7 +61,7 @@ options = dict(num_envs=4, num_steps=8, obs_norm_rollouts=1, max_episode_steps=3
 try:
     R.train(R.Args(total_rollouts=20, run_dir={out!r} + "/elsewhere" * R.RANK, resume="auto", **options))
 except R.UsageError as error:
-    print("REFUSED", error, flush=True)
+    print(f"REFUSED {{error}}\n", end="")
 """
 
 
