@@ -46,7 +46,7 @@ def compare_and_destroy():
     others = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
     dist.all_gather(others, weights)
     # In one piece: torchrun's processes do not buffer what they print, so pieces of both can mix.
-    print(f"EQUAL {{all(torch.equal(weights, other) for other in others)}}\n", end="")
+    print(f"EQUAL {{all(torch.equal(weights, other) for other in others)}}\\n", end="")
     destroy()
 dist.destroy_process_group = compare_and_destroy
 options = dict(num_envs=4, num_steps=8, obs_norm_rollouts=1, max_episode_steps=3, num_workers=1)
@@ -61,7 +61,7 @@ options = dict(num_envs=4, num_steps=8, obs_norm_rollouts=1, max_episode_steps=3
 try:
     R.train(R.Args(total_rollouts=20, run_dir={out!r} + "/elsewhere" * R.RANK, resume="auto", **options))
 except R.UsageError as error:
-    print(f"REFUSED {{error}}\n", end="")
+    print(f"REFUSED {{error}}\\n", end="")
 """
 
 
