@@ -1261,11 +1261,11 @@ class Run:
     def save(self) -> None:
         """Save the latest state and remove checkpoints that are older than the newest --keep-checkpoints."""
         save_checkpoint(self.latest, self.newest())
+        for old in checkpoints(self.dir)[: -self.args.keep_checkpoints]:
+            old.unlink()
         if self.due and Progress(**self.latest["progress"]).is_best():
             save_checkpoint(self.latest, self.dir / "best.pt")
         self.path = self.newest()  # only now: a signal or a full disk before it makes the next save write both again
-        for old in checkpoints(self.dir)[: -self.args.keep_checkpoints]:
-            old.unlink()
 
 
 def reported_args(args: Args) -> dict[str, Any]:
