@@ -17,7 +17,7 @@ name (`rewards`, `values`, ...) belongs to the game's stream, which ends with th
 belongs to the stream of the intrinsic reward, which does not, unless --int-episodic says so. "Burda" is Burda et al.
 2018, arXiv:1810.12894, and the code published with it; "Machado" is Machado et al. 2018, arXiv:1709.06009.
 
-Variant of rnd_ppo_atari.py: MiniGrid. `--env-id MiniGrid-MultiRoom-N6-v0@1` is layout 1 of a task; without @1 every
+Variant of rnd_ppo_atari.py: MiniGrid. `--env-id MiniGrid-MultiRoom-N4-S5-v1@1` is layout 1 of a task; without @1 every
 episode has a new layout. An action is one step.
 """
 
@@ -105,7 +105,7 @@ class Args:
     json: str = ""
     """file for the evaluation report"""
     # --- environment
-    env_id: str = "MiniGrid-MultiRoom-N6-v0@1"
+    env_id: str = "MiniGrid-MultiRoom-N4-S5-v1@1"
     """Gymnasium id of a task of MiniGrid, @ and the number of its layout; without: a new layout in every episode"""
     num_envs: int = 128
     """environments per process [Burda, Table 5]"""
