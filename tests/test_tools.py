@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, SCRIPT, last_checkpoint
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 pytest.importorskip("imageio_ffmpeg", reason="needs the extra `video`")
 pytest.importorskip("matplotlib", reason="needs the extra `video`")
@@ -985,6 +986,24 @@ def test_runs_without_values_are_skipped_with_a_warning(tmp_path, capsys):
     assert plot.main([*runs, *out]) == 2
     assert "error: RUN: expected at least one run with values" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "a.png").exists()
+
+
+def test_runs_of_other_arguments_under_one_label_are_reported(run, tmp_path, capsys):
+    """Another seed or horizon is no other experiment; a label that the user gives is their decision."""
+    started = plot.arguments(run)
+    assert started["int_coef"] == 1 and started["seed"] == 1
+    runs = [str(tmp_path / f"G__a__{i}__0") for i in range(3)]
+    for folder, changes in zip(runs, ({}, dict(int_coef=0.0), dict(seed=2, total_rollouts=7)), strict=True):
+        with SummaryWriter(folder) as writer:
+            for summary in hparams(started | changes, {}):
+                writer.file_writer.add_summary(summary)
+            writer.add_scalar(TAGS[0], 1, 100)
+    out = ("--out", str(tmp_path / "a.png"))
+    assert plot.main([*runs, *out]) == 0
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {runs[1]}: ") and "found another --int-coef; try --labels" in warning
+    assert plot.main([*runs, *out, "--labels", "a", "a", "a"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_plot_refuses(run, tmp_path, capsys):

@@ -11,6 +11,7 @@ Draw them again   python tools/plot.py curves.json --out curves.png
 Runs of the same game and experiment (a run's directory is GAME__EXPERIMENT__SEED__TIME), or with the same label, form
 one curve: their mean, with a band from the lowest to the highest run. Where some of them have no values, before their
 first or after their last one, the curve is dotted: the mean of the others. Directories without values are skipped.
+Runs that share a curve without --labels and differ in more than the seed are reported.
 
 A panel is a short name (return, length, best, rooms, x, bonus, int_reward, predictor, entropy, explained,
 int_explained, speed), a tag of TensorBoard or the last part of one. NAME=TITLE gives it a title of your own. Without
@@ -21,19 +22,22 @@ int_explained, speed), a tag of TensorBoard or the last part of one. NAME=TITLE 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 try:
     import matplotlib
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -66,6 +70,8 @@ PANELS = {  # by short name
 }
 DEFAULT = ("return", "rooms", "best", "bonus", "int_reward", "predictor")
 POINTS = 500  # of a curve
+# Arguments in which the seeds of an experiment may differ.
+FREE_ARGS = {"seed", "compile", "log_interval", "save_interval", "keep_checkpoints", "total_rollouts"}
 UNITS = (("seconds", 1), ("minutes", 60), ("hours", 3600), ("days", 86400))
 STYLE = {
     "font.size": 8,
@@ -128,6 +134,31 @@ def experiment(run: str | Path) -> str:
     name = Path(run).resolve().name
     match = re.fullmatch(r"(.+?)__(.+)__\d+__.+", name)
     return f"{match[1]} {match[2]}" if match else name
+
+
+def arguments(run: str | Path) -> dict[str, Any]:
+    """The arguments that a run began with, from its first event file; empty where that does not have them."""
+    files = sorted(Path(run).glob("*tfevents*"))
+    events = EventFileLoader(str(files[0])).Load() if files else iter(())
+    for event in itertools.islice(events, 10):  # they are written first
+        for value in event.summary.value:
+            if value.tag == "_hparams_/session_start_info":
+                info = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
+                return {name: getattr(arg, arg.WhichOneof("kind")) for name, arg in info.hparams.items()}
+    return {}
+
+
+def warn_of_mixtures(runs: list[str], labels: list[str]) -> None:
+    """Warn of runs that share a label, and so a curve, but differ in more than the seed."""
+    first: dict[str, dict[str, Any]] = {}
+    for run, label in zip(runs, labels, strict=True):
+        args = arguments(run)
+        before = first.setdefault(label, args)
+        differing = [name for name in args if name in before and args[name] != before[name]]
+        flags = ["--" + name.replace("_", "-") for name in sorted(set(differing) - FREE_ARGS)]
+        if flags:
+            expected = f"expected the arguments of the other runs of {label!r}, for their mean"
+            print(f"warning: {run}: {expected}, found another {', '.join(flags)}; try --labels", file=sys.stderr)
 
 
 def read_groups(runs: list[str], labels: list[str], axis: str) -> Groups:
@@ -331,7 +362,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.runs[0].endswith(".json"):
             groups = read_json(args.runs[0])
         else:
-            groups = read_groups(args.runs, args.labels or [experiment(run) for run in args.runs], args.x)
+            labels = args.labels or [experiment(run) for run in args.runs]
+            groups = read_groups(args.runs, labels, args.x)
+            if not args.labels:
+                warn_of_mixtures(args.runs, labels)
         tags = dict.fromkeys(tag for runs in groups.values() for curves in runs for tag in curves)
         if args.panels:
             panels = [find_panel(name, set(tags)) for name in args.panels]
