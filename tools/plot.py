@@ -138,9 +138,8 @@ def experiment(run: str | Path) -> str:
 
 def arguments(run: str | Path) -> dict[str, Any]:
     """The arguments that a run began with, from its first event file; empty where that does not have them."""
-    files = sorted(Path(run).glob("*tfevents*"))
-    events = EventFileLoader(str(files[0])).Load() if files else iter(())
-    for event in itertools.islice(events, 10):  # they are written first
+    file = min(Path(run).glob("*tfevents*"))
+    for event in itertools.islice(EventFileLoader(str(file)).Load(), 10):  # they are written first
         for value in event.summary.value:
             if value.tag == "_hparams_/session_start_info":
                 info = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
@@ -148,29 +147,28 @@ def arguments(run: str | Path) -> dict[str, Any]:
     return {}
 
 
-def warn_of_mixtures(runs: list[str], labels: list[str]) -> None:
-    """Warn of runs that share a label, and so a curve, but differ in more than the seed."""
-    first: dict[str, dict[str, Any]] = {}
-    for run, label in zip(runs, labels, strict=True):
-        args = arguments(run)
-        before = first.setdefault(label, args)
-        differing = [name for name in args if name in before and args[name] != before[name]]
-        flags = ["--" + name.replace("_", "-") for name in sorted(set(differing) - FREE_ARGS)]
-        if flags:
-            expected = f"expected the arguments of the other runs of {label!r}, for their mean"
-            print(f"warning: {run}: {expected}, found another {', '.join(flags)}; try --labels", file=sys.stderr)
+def read_groups(runs: list[str], labels: list[str] | None, axis: str) -> Groups:
+    """The curves of all runs that have some, by label, or by experiment. Warns of the others.
 
-
-def read_groups(runs: list[str], labels: list[str], axis: str) -> Groups:
-    """The curves of all runs that have some. Warns of the others."""
+    Without labels it also warns of the runs of an experiment that differ in more than the seed from its first one.
+    """
     groups: Groups = {}
-    for run, label in zip(runs, labels, strict=True):
+    first: dict[str, dict[str, Any]] = {}  # the arguments of the first run of an experiment
+    for run, label in zip(runs, labels or map(experiment, runs), strict=True):
         try:
             curves = read(run, axis)
         except (UsageError, OSError) as error:
             print(f"warning: skipped {error}", file=sys.stderr)
             continue
         groups.setdefault(label, []).append(curves)
+        if not labels:
+            args = arguments(run)
+            before = first.setdefault(label, args)
+            differing = {name for name in args.keys() & before.keys() if args[name] != before[name]} - FREE_ARGS
+            flags = ", ".join("--" + name.replace("_", "-") for name in sorted(differing))
+            if flags:
+                expected = f"expected the arguments of the other runs of {label!r}, for their mean"
+                print(f"warning: {run}: {expected}, found another {flags}; try --labels", file=sys.stderr)
     if not groups:
         raise UsageError("RUN: expected at least one run with values, found none")
     return groups
@@ -362,10 +360,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.runs[0].endswith(".json"):
             groups = read_json(args.runs[0])
         else:
-            labels = args.labels or [experiment(run) for run in args.runs]
-            groups = read_groups(args.runs, labels, args.x)
-            if not args.labels:
-                warn_of_mixtures(args.runs, labels)
+            groups = read_groups(args.runs, args.labels, args.x)
         tags = dict.fromkeys(tag for runs in groups.values() for curves in runs for tag in curves)
         if args.panels:
             panels = [find_panel(name, set(tags)) for name in args.panels]
