@@ -217,13 +217,13 @@ def test_play_repeats_itself_and_means_what_it_says(base_run, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_the_published_weights_take_the_key_and_open_the_door(tmp_path):
+def test_the_published_weights_take_key_door_and_jewel(tmp_path):
     """In all 60 episodes of docs/results.md; with other rounding an episode may differ, so one of six may miss."""
     weights = ROOT / "models" / "montezuma.pt"
     done = run_script(["--play", str(weights), "--episodes", "3", "--json", "report.json", "--device", "cpu"], tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert sum(episode["episodic_return"] >= 400 for episode in report["episodes"]) >= 5
+    assert sum(episode["episodic_return"] >= 1400 for episode in report["episodes"]) >= 5
 
 
 def test_greedy_play_without_sticky_actions_is_deterministic(base_run):
